@@ -61,8 +61,9 @@ class BamoeConfig(PreTrainedConfig):
     intermediate_size: int = 2048
     num_hidden_layers: int = 6
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    # None stands for the value that __post_init__ derives.
+    num_key_value_heads: int = None  # type: ignore[assignment]
+    head_dim: int = None  # type: ignore[assignment]
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
@@ -74,7 +75,7 @@ class BamoeConfig(PreTrainedConfig):
     rope_parameters: dict[str, Any] | None = None
     rope_interleaved: bool = False
     sliding_window: int | None = None
-    layer_types: list[str] | None = None
+    layer_types: list[str] = None  # type: ignore[assignment]
     attention_dropout: float = 0.0
     use_parallel_block: bool = False
     norm_type: str = "rms_norm"
@@ -121,7 +122,6 @@ class BamoeConfig(PreTrainedConfig):
     @property
     def num_dense_key_value_heads(self) -> int:
         """J, the key/value heads that one attention expert reads."""
-        assert self.num_key_value_heads is not None
         shared = self.attention_key_value == "shared"
         return self.num_key_value_heads if shared else self.num_key_value_heads // self.num_attention_experts
 
@@ -133,7 +133,11 @@ class BamoeConfig(PreTrainedConfig):
     @property
     def has_task_blind_router(self) -> str | None:
         """The router whose gates are always 1 (top-1, renormalised), so that the task loss cannot train it."""
-        if self.norm_topk_prob and self.feed_forward_routing == "top_k" and self.num_experts_per_tok == 1 < self.num_experts:
+        if (
+            self.norm_topk_prob
+            and self.feed_forward_routing == "top_k"
+            and self.num_experts_per_tok == 1 < self.num_experts
+        ):
             return "mlp.gate"
         attention_top_1 = self.attention_routing == "top_k" and self.num_attention_experts_per_tok == 1
         if self.attention_norm_topk_prob and attention_top_1 and self.num_attention_experts > 1:
@@ -169,19 +173,16 @@ class BamoeConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be a positive integer, found {value!r}")
         self._validate_heads()
         self._validate_routing("feed_forward_routing", "num_experts_per_tok", "num_experts")
-        self._validate_routing(
-            "attention_routing", "num_attention_experts_per_tok", "num_attention_experts"
-        )
-        if len(self.layer_types or ()) != self.num_hidden_layers:
+        self._validate_routing("attention_routing", "num_attention_experts_per_tok", "num_attention_experts")
+        if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(f"layer_types must name {self.num_hidden_layers} layers, found {self.layer_types}")
-        unknown = set(self.layer_types or ()) - {"full_attention", "sliding_attention"}
+        unknown = set(self.layer_types) - {"full_attention", "sliding_attention"}
         if unknown:
             raise ValueError(f"layer_types must be full_attention or sliding_attention, found {sorted(unknown)}")
-        if "sliding_attention" in (self.layer_types or ()) and self.sliding_window is None:
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types has sliding_attention but sliding_window is None")
 
     def _validate_heads(self) -> None:
-        assert self.num_key_value_heads is not None
         key_value_experts = self.num_key_value_experts
         for name, heads, experts in (
             ("num_attention_heads", self.num_attention_heads, self.num_attention_experts),
@@ -194,7 +195,6 @@ class BamoeConfig(PreTrainedConfig):
                 f"each attention expert has {self.num_dense_heads} query heads, which do not divide into "
                 f"{self.num_dense_key_value_heads} key/value heads"
             )
-        assert self.head_dim is not None
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, found {self.head_dim}")
 

@@ -1,0 +1,408 @@
+"""A decoder whose attention and feed-forward layers are mixtures of experts: `BamoeModel`, `BamoeForCausalLM`.
+
+Shapes: B batch, T tokens, D model width, V vocabulary, A attention experts, E feed-forward experts.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm, CohereRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import HeadNorm, MixtureOfAttention
+from .configuration_bamoe import BamoeConfig
+
+# transformers lets a model choose its experts backend only if its file has the text "@use_experts_implementation".
+from .feed_forward import FeedForwardExperts, MixtureOfFeedForward
+from .routing import Router, RouterLosses, num_ranks, router_losses, sum_over_ranks
+
+
+@dataclass
+class BamoeModelOutput(MoeModelOutputWithPast):
+    """`router_logits` and `attention_router_logits`: one (B·T, E) and one (B·T, A) per layer, float32, on request."""
+
+    attention_router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class BamoeCausalLMOutput(MoeCausalLMOutputWithPast):
+    """Adds to the language-model output the routers' losses, before their coefficients, summed over layers.
+
+    `aux_loss` is the load-balance loss (1 per layer when uniform), `z_loss` the mean squared log-sum-exp.
+    """
+
+    z_loss: torch.Tensor | None = None
+    attention_router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+def block_norm(config: BamoeConfig) -> nn.Module:
+    """The norm of the residual stream: RMS, or mean-centred without bias."""
+    norm = CohereLayerNorm if config.norm_type == "layer_norm" else LlamaRMSNorm
+    return norm(config.hidden_size, eps=config.norm_eps)
+
+
+class BamoeDecoderLayer(GradientCheckpointingLayer):
+    """One block. Parallel: y = x + MoA(u) + MoE(u) with u = norm(x) (BAM, section 3). Sequential:
+    x' = x + MoA(norm1(x)), y = x' + MoE(norm2(x')); each router sees what its experts see."""
+
+    def __init__(self, config: BamoeConfig, layer_idx: int):
+        super().__init__()
+        self.use_parallel_block = config.use_parallel_block
+        self.self_attn = MixtureOfAttention(config, layer_idx)
+        self.mlp = MixtureOfFeedForward(config)
+        self.input_layernorm = block_norm(config)
+        if not config.use_parallel_block:
+            self.post_attention_layernorm = block_norm(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Map hidden_states (B, T, D) to the next ones and this layer's router logits (feed-forward, attention).
+
+        The logits are returned, not recorded by hooks: under reentrant checkpointing a hook sees tensors without a
+        graph, and the router losses would silently train nothing.
+        """
+        normed = self.input_layernorm(hidden_states)
+        attended, _, attention_logits = self.self_attn(normed, **kwargs)
+        if self.use_parallel_block:
+            fed, logits = self.mlp(normed)
+            return hidden_states + attended + fed, logits, attention_logits
+        hidden_states = hidden_states + attended
+        fed, logits = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + fed, logits, attention_logits
+
+
+class BamoePreTrainedModel(PreTrainedModel):
+    """What `BamoeModel` and `BamoeForCausalLM` share: initialisation, loading, what transformers may do with them."""
+
+    config: BamoeConfig
+    config_class = BamoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BamoeDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": BamoeDecoderLayer,
+        "attentions": MixtureOfAttention,
+    }
+
+    def __init__(self, config: BamoeConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        # Save the names this model has, also after reading a checkpoint with one tensor per expert.
+        self._weight_conversions: list[Any] = []
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, FeedForwardExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, Router):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, HeadNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, MixtureOfAttention) and self.config.attention_output_bias:
+            init.zeros_(module.output_bias)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Self | tuple[Self, Any]:
+        """Load a checkpoint, as in transformers, but refuse one that lacks weights instead of inventing them.
+
+        Raises:
+            ValueError: weights are missing (routers above all: random ones would silently route to any expert).
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model._weight_conversions = []
+        missing = sorted(info["missing_keys"])
+        if missing:
+            routers = [name for name in missing if name.endswith(".gate.weight")]
+            what = f"the router weights {routers[:3]}" if routers else f"the weights {missing[:3]}"
+            more = len(missing) - len((routers or missing)[:3])
+            raise ValueError(
+                f"{args[0] if args else 'the checkpoint'} lacks {what}{f' and {more} more' if more else ''}. "
+                "A mixture with invented weights would run and be wrong. Use a directory made by `bamoe upcycle` or "
+                "save_pretrained; a dense model becomes a mixture by `bamoe upcycle`."
+            )
+        return (model, info) if output_loading_info else model
+
+
+class BamoeModel(BamoePreTrainedModel):
+    """Embeddings, blocks and the final norm."""
+
+    def __init__(self, config: BamoeConfig):
+        super().__init__(config)
+        if config.has_task_blind_router is not None:
+            warnings.warn(task_blind_message(config.has_task_blind_router), stacklevel=2)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([BamoeDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = block_norm(config)
+        rotary = CohereRotaryEmbedding if config.rope_interleaved else LlamaRotaryEmbedding
+        self.rotary_emb = rotary(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> BamoeModelOutput:
+        """Run the decoder over input_ids (B, T) or inputs_embeds (B, T, D).
+
+        `position_ids` (B, T) that restart mark packed documents, which do not see each other; leave `attention_mask`
+        out then. `output_router_logits` defaults to the config's.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        # Packed documents are kept apart only without a cache, and training never reads one.
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen
+        masks = self._masks(inputs_embeds, attention_mask, position_ids, past_key_values)
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+
+        hidden_states = inputs_embeds
+        router_logits, attention_router_logits = [], []
+        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+            hidden_states, logits, attention_logits = layer(
+                hidden_states,
+                attention_mask=masks[layer_type],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            router_logits.append(logits)
+            if attention_logits is not None:
+                attention_router_logits.append(attention_logits)
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        return BamoeModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            router_logits=tuple(router_logits) if output_router_logits else None,
+            attention_router_logits=tuple(attention_router_logits) or None if output_router_logits else None,
+        )
+
+    def _masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        past_key_values: Cache | None,
+    ) -> dict[str, Any]:
+        """One attention mask per kind of layer in this model."""
+        # With nothing cached yet, a growing cache changes no size; without it, restarting positions are respected.
+        prefill = isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() == 0
+        arguments = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": None if prefill else past_key_values,
+            "position_ids": position_ids,
+        }
+        make = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        return {kind: make[kind](**arguments) for kind in sorted(set(self.config.layer_types))}
+
+
+class BamoeForCausalLM(BamoePreTrainedModel, GenerationMixin):
+    """`BamoeModel` with a language-model head; adds the router losses to the loss while training."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: BamoeConfig):
+        super().__init__(config)
+        self.model = BamoeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.data_parallel_group: dist.ProcessGroup | None = None
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> BamoeCausalLMOutput:
+        """Predict the next tokens of input_ids (B, T); with `labels` (B, T) also the loss.
+
+        While training, the loss is cross-entropy + router_aux_loss_coef · load balance + router_z_loss_coef · z; in
+        evaluation mode it is the cross-entropy alone. Routers that run all their experts need no such losses.
+
+        Raises:
+            ValueError: training a router whose gate is always 1 (top-1, renormalised): the task cannot train it.
+        """
+        training = self.training and labels is not None and torch.is_grad_enabled()
+        if training:
+            self._refuse_task_blind_router()
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            # A loss is over whole sequences; see BamoeModel for what a cache would do to packed ones.
+            use_cache=use_cache if labels is None else False,
+            output_router_logits=output_router_logits or training,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept]) * self.config.logit_scale
+
+        loss, losses = None, None
+        if training or (output_router_logits and not self.training):
+            losses = self._router_losses(outputs, attention_mask, self._group() if training else None)
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+            if training and losses is not None:
+                weighted = (
+                    self.config.router_aux_loss_coef * losses.load_balance + self.config.router_z_loss_coef * losses.z
+                )
+                loss = loss + self._share_of_batch(labels, **kwargs) * weighted.to(loss.device)
+        return BamoeCausalLMOutput(
+            loss=loss,
+            aux_loss=None if losses is None else losses.load_balance,
+            z_loss=None if losses is None else losses.z,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+            attention_router_logits=outputs.attention_router_logits if output_router_logits else None,
+        )
+
+    def _router_losses(
+        self, outputs: BamoeModelOutput, attention_mask: torch.Tensor | None, group: dist.ProcessGroup | None
+    ) -> RouterLosses | None:
+        """Losses of every router that selects experts, feed-forward and attention together."""
+        token_mask = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            token_mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]  # a cache makes the mask longer
+        routers = [
+            (outputs.router_logits, self.config.num_experts_per_tok),
+            (outputs.attention_router_logits, self.config.num_attention_experts_per_tok),
+        ]
+        losses = [
+            router_losses(logits, top_k, token_mask, group) for logits, top_k in routers if logits and top_k is not None
+        ]
+        if not losses:
+            return None
+        return RouterLosses(
+            load_balance=torch.stack([each.load_balance for each in losses]).sum(),
+            z=torch.stack([each.z for each in losses]).sum(),
+        )
+
+    def _share_of_batch(
+        self,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor | float:
+        """The weight of this step's router losses in a batch that is accumulated over several.
+
+        `num_items_in_batch` divides the summed cross-entropy by the label tokens of all accumulated steps and ranks;
+        the router losses, which are means, take part in the same proportion. `Trainer` then undoes the averaging over
+        ranks, hence the division by their number.
+        """
+        if num_items_in_batch is None:
+            return 1.0
+        targets = labels[:, 1:] if shift_labels is None else shift_labels
+        group = self._group()
+        label_tokens = sum_over_ranks((targets != -100).sum(), group)
+        return label_tokens / (num_items_in_batch * num_ranks(group))
+
+    def _group(self) -> dist.ProcessGroup | None:
+        """The data-parallel ranks: `data_parallel_group` if set, else all processes; None for a single process.
+
+        Tensor-parallel ranks see the same tokens, so a tensor-parallel model counts alone unless it is given a group.
+        """
+        if self.data_parallel_group is not None:
+            return self.data_parallel_group
+        alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
+        return None if alone or (self._tp_size or 1) > 1 else dist.group.WORLD
+
+    def _refuse_task_blind_router(self) -> None:
+        router = self.config.has_task_blind_router
+        if router is None:
+            return
+        if any(weight.requires_grad for name, weight in self.named_parameters() if f"{router}.weight" in name):
+            raise ValueError(task_blind_message(router) + " To train the rest, freeze these routers.")
+
+
+def task_blind_message(router: str) -> str:
+    """Why a top-1 renormalised router learns nothing, and what to choose instead."""
+    scale = "routed_scaling_factor = number of experts" if router == "mlp.gate" else "soft routing"
+    return (
+        f"{router}: with one expert per token and renormalised gates every gate is 1, so the task gives this router no "
+        f"gradient. Use true probabilities (no renormalisation), which with {scale} keeps the function of identical "
+        "experts, or select two experts."
+    )
+
+
+# Checkpoints with one tensor per expert, as older mixtures have them, are read too.
+register_checkpoint_conversion_mapping(
+    BamoeConfig.model_type,
+    [
+        WeightConverter(
+            source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
+            target_patterns="mlp.experts.gate_up_proj",
+            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        WeightConverter(
+            source_patterns="mlp.experts.*.down_proj.weight",
+            target_patterns="mlp.experts.down_proj",
+            operations=[MergeModulelist(dim=0)],
+        ),
+    ],
+    overwrite=True,
+)
+
+BamoeConfig.register_for_auto_class()
+BamoeModel.register_for_auto_class("AutoModel")
+BamoeForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["BamoeForCausalLM", "BamoeModel", "BamoePreTrainedModel"]

@@ -1,0 +1,140 @@
+"""What a person writes to describe an upcycling: the recipe, as a strict YAML model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from bamoe.schema import StrictModel, load, parse
+
+
+class ExpertRecipe(StrictModel):
+    """One dense model, and how many expert seats it fills."""
+
+    name: str = Field(min_length=1)
+    model: str = Field(min_length=1, description="a directory, or a hub id")
+    copies: PositiveInt = 1
+
+
+class AttentionRecipe(StrictModel):
+    """How attention is upcycled and routed (BAM only; BTX and sparse keep one attention)."""
+
+    key_value: Literal["experts", "shared"] = "experts"
+    key_value_merge: Literal["mean", "seed"] = Field(
+        "mean", description="where shared keys and values come from: the mean of the experts, or the seed"
+    )
+    routing: Literal["soft", "top_k"] = "soft"
+    num_experts_per_tok: PositiveInt | None = None
+    norm_topk_prob: bool = False
+
+
+class FeedForwardRecipe(StrictModel):
+    """How feed-forward experts are routed. A value left out is the recipe's own (see `Recipe`)."""
+
+    routing: Literal["top_k", "soft"] = "top_k"
+    num_experts_per_tok: PositiveInt | None = None
+    norm_topk_prob: bool | None = None
+    routed_scaling_factor: float = Field(1.0, gt=0)
+
+
+class RouterRecipe(StrictModel):
+    """How router weights start."""
+
+    init: Literal["random"] = "random"
+    std: float = Field(0.02, ge=0)
+    seed: int = Field(0, ge=0)
+
+
+class SharedWeightsRecipe(StrictModel):
+    """Everything that is not an expert: the mean over the distinct dense models, or the seed's own."""
+
+    merge: Literal["mean", "seed"] = "mean"
+
+
+# Each paper's own feed-forward routing: BAM section 3 (top-1, not renormalised), BTX section 2.2 (top-2,
+# renormalised), sparse upcycling section 2 (renormalised gates keep the dense function at step 0).
+_FEED_FORWARD_DEFAULTS = {"bam": (1, False), "btx": (2, True), "sparse": (2, True)}
+
+
+class Recipe(StrictModel):
+    """A whole upcycling: which dense models become which mixture."""
+
+    recipe: Literal["bam", "btx", "sparse"]
+    seed: str = Field(min_length=1, description="config, tokenizer and lineage: a directory, or a hub id")
+    experts: list[ExpertRecipe] = Field(default_factory=list)
+    num_experts: PositiveInt | None = None
+    attention: AttentionRecipe | None = None
+    feed_forward: FeedForwardRecipe = Field(default_factory=FeedForwardRecipe)
+    router: RouterRecipe = Field(default_factory=RouterRecipe)
+    shared_weights: SharedWeightsRecipe = Field(default_factory=SharedWeightsRecipe)
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Recipe:
+        if self.recipe == "sparse":
+            if self.experts:
+                raise ValueError("sparse copies the seed: give num_experts instead of experts")
+            if self.num_experts is None:
+                raise ValueError("sparse needs num_experts, the copies of the seed's feed-forward")
+        else:
+            if self.num_experts is not None:
+                raise ValueError(f"{self.recipe} counts its experts; num_experts belongs to sparse")
+            if not self.experts:
+                raise ValueError(f"{self.recipe} needs experts: a list of {{name, model}}")
+        names = [expert.name for expert in self.experts]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"expert names must differ; repeated: {', '.join(repeated)}")
+        if self.recipe == "bam":
+            self.attention = self.attention or AttentionRecipe()
+        elif self.attention is not None:
+            raise ValueError(f"{self.recipe} has one attention; the attention section belongs to bam")
+        self._complete_feed_forward()
+        self._check_attention()
+        return self
+
+    def _complete_feed_forward(self) -> None:
+        routed, seats = self.feed_forward, self.num_seats
+        top_k, renormalised = _FEED_FORWARD_DEFAULTS[self.recipe]
+        if routed.routing == "soft":
+            if routed.num_experts_per_tok not in (None, seats):
+                raise ValueError(
+                    f"feed_forward.routing is soft: all {seats} experts run, so leave num_experts_per_tok out"
+                )
+            if routed.norm_topk_prob is None:
+                routed.norm_topk_prob = False
+            return
+        if routed.num_experts_per_tok is None:
+            routed.num_experts_per_tok = min(top_k, seats)
+        if routed.norm_topk_prob is None:
+            # A single selected expert with renormalised gates would leave its router without a gradient.
+            routed.norm_topk_prob = renormalised and routed.num_experts_per_tok > 1
+        if routed.num_experts_per_tok > seats:
+            raise ValueError(
+                f"feed_forward.num_experts_per_tok is {routed.num_experts_per_tok} but there are {seats} expert seats"
+            )
+
+    def _check_attention(self) -> None:
+        if self.attention is None:
+            return
+        k, seats = self.attention.num_experts_per_tok, self.num_seats
+        if self.attention.routing == "top_k":
+            if k is None:
+                raise ValueError("attention.routing is top_k: give attention.num_experts_per_tok")
+            if k > seats:
+                raise ValueError(f"attention.num_experts_per_tok is {k} but there are {seats} expert seats")
+        elif k not in (None, seats):
+            raise ValueError(f"attention.routing is soft: all {seats} experts run, so leave num_experts_per_tok out")
+
+    @property
+    def num_seats(self) -> int:
+        """Experts per layer, copies counted."""
+        return self.num_experts or sum(expert.copies for expert in self.experts)
+
+    @classmethod
+    def read(cls, source: Recipe | dict[str, Any] | str | Path) -> Recipe:
+        """A recipe from a YAML file or plain data. Raises ConfigError naming every problem."""
+        if isinstance(source, Recipe):
+            return source
+        return parse(source, cls, "recipe") if isinstance(source, dict) else load(source, cls)
