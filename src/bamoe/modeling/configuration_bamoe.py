@@ -6,6 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_bamoe.BamoeConfig",
+    "AutoModel": "modeling_bamoe.BamoeModel",
+    "AutoModelForCausalLM": "modeling_bamoe.BamoeForCausalLM",
+}
+
 
 class BamoeConfig(PreTrainedConfig):
     r"""Configuration of `BamoeModel`.
@@ -112,6 +118,8 @@ class BamoeConfig(PreTrainedConfig):
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
         self._validate()
+        # Saving registers only the class that is saved; a language model's directory serves AutoModel as well.
+        self.auto_map = kwargs.pop("auto_map", None) or dict(AUTO_MAP)
         super().__post_init__(**kwargs)
 
     @property

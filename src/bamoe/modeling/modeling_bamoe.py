@@ -220,11 +220,13 @@ class BamoeModel(BamoePreTrainedModel):
     def _masks(
         self,
         inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | dict[str, Any] | None,
         position_ids: torch.Tensor,
         past_key_values: Cache | None,
     ) -> dict[str, Any]:
         """One attention mask per kind of layer in this model."""
+        if isinstance(attention_mask, dict):  # generate() with a static cache makes them itself
+            return attention_mask
         # With nothing cached yet, a growing cache changes no size; without it, restarting positions are respected.
         prefill = isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() == 0
         arguments = {
@@ -319,7 +321,7 @@ class BamoeForCausalLM(BamoePreTrainedModel, GenerationMixin):
     ) -> RouterLosses | None:
         """Losses of every router that selects experts, feed-forward and attention together."""
         token_mask = None
-        if attention_mask is not None and attention_mask.dim() == 2:
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]  # a cache makes the mask longer
         routers = [
             (outputs.router_logits, self.config.num_experts_per_tok),
