@@ -1,0 +1,1 @@
+"""Tensors on disk: reading, planning and writing them in bounded memory. Knows nothing about models."""

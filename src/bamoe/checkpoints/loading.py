@@ -1,0 +1,82 @@
+"""Loading a whole model or tokenizer from a directory, dense or mixture, without running any code it brings along."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bamoe.checkpoints.reader import CheckpointReader, resolve
+from bamoe.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_config(source: str | Path) -> PreTrainedConfig:
+    """The configuration of a checkpoint: a directory, or a hub id.
+
+    Raises:
+        CheckpointError: nothing readable there, or an architecture that transformers and bamoe do not know.
+    """
+    from transformers import AutoConfig
+
+    from bamoe.modeling.configuration_bamoe import BamoeConfig
+
+    path = resolve(str(source))
+    try:
+        values, _ = BamoeConfig.get_config_dict(path)
+        if values.get("model_type") == BamoeConfig.model_type:
+            # Our own class, so that the copy of the code which travels with the checkpoint is not run.
+            return BamoeConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{source}: its configuration cannot be used: {error}") from error
+
+
+def load_model(source: str | Path, dtype: str = "float32") -> PreTrainedModel:
+    """A causal language model, dense or mixture, on the CPU, in evaluation mode.
+
+    Args:
+        source: a directory, or a hub id.
+        dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own.
+
+    Raises:
+        CheckpointError: missing, truncated or pickled weights, weights that do not fill the model, or an
+            architecture that transformers and bamoe do not know.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from bamoe.modeling.configuration_bamoe import BamoeConfig
+    from bamoe.modeling.modeling_bamoe import BamoeForCausalLM
+
+    path = resolve(str(source))
+    CheckpointReader(path).close()
+    config = load_config(path)
+    model_class: Any = BamoeForCausalLM if isinstance(config, BamoeConfig) else AutoModelForCausalLM
+    try:
+        model, info = model_class.from_pretrained(
+            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} weights of {type(model).__name__}, the first being {missing[0]}; "
+            "they would be random. Copy or save the checkpoint again."
+        )
+    return model
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint. Raises CheckpointError when there is none that can be read."""
+    from transformers import AutoTokenizer
+
+    path = resolve(str(source))
+    try:
+        # With the config at hand, transformers does not look for it through the checkpoint's own code.
+        return AutoTokenizer.from_pretrained(path, config=load_config(path), trust_remote_code=False)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a broken tokenizer.json raises a bare Exception
+        raise CheckpointError(f"{source}: no tokenizer that can be read: {error}") from error

@@ -1,0 +1,204 @@
+"""Reading a checkpoint directory: safetensors only, memory-mapped, every problem found on opening it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from bamoe.errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *(
+        "tokenizer.model",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "chat_template.jinja",
+        "chat_template.json",
+    ),
+)
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor: what its header says, and the file that holds it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+
+
+class CheckpointReader:
+    """A checkpoint directory whose tensors are read row by row through a memory map.
+
+    `config` is config.json; `tensors` are the headers of all tensors by name. Nothing in the directory is
+    executed or unpickled.
+
+    Raises:
+        CheckpointError: listing every problem of the directory, each with its path and its remedy.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.tensors = {}
+        self._handles: dict[Path, Any] = {}
+        problems: list[str] = []
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path}: no such directory; give the directory of a saved model")
+        self.config = self._read_json(CONFIG_FILE, problems)
+        for file, expected in self._weight_files(problems).items():
+            problems += self._open(file, expected)
+        if problems:
+            self.close()
+            raise CheckpointError("\n".join(problems))
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows [start, stop) along the first dimension of a tensor; only those are read from disk."""
+        info = self.tensors[name]
+        handle = self._handles[info.file]
+        if not info.shape:
+            return handle.get_tensor(name)
+        return handle.get_slice(name)[start : info.shape[0] if stop is None else stop]
+
+    def files(self) -> list[Path]:
+        """The files that define the model: weights, config, generation config, tokenizer."""
+        named = [CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES]
+        return [path for name in named if (path := self.path / name).is_file()] + sorted(self._handles)
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each of `files()`, by file name."""
+        digests = {}
+        for path in self.files():
+            with path.open("rb") as file:
+                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return digests
+
+    def close(self) -> None:
+        """Release the memory maps."""
+        self._handles.clear()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read_json(self, name: str, problems: list[str]) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            problems.append(f"{self.path}: no {name}; give the directory of a model saved by transformers")
+            return {}
+        except (OSError, ValueError) as error:
+            problems.append(f"{path} is not readable JSON ({error}); copy or download it again")
+            return {}
+        if not isinstance(content, dict):
+            problems.append(f"{path} holds a {type(content).__name__}, not an object; copy or download it again")
+            return {}
+        return content
+
+    def _weight_files(self, problems: list[str]) -> dict[Path, set[str]]:
+        """Each weight file with the tensors that the index expects in it."""
+        # transformers too takes the single file when both are there.
+        if (self.path / WEIGHTS_FILE).is_file():
+            return {self.path / WEIGHTS_FILE: set()}
+        if not (self.path / INDEX_FILE).is_file():
+            problems.append(self._no_weights())
+            return {}
+        weight_map = self._read_json(INDEX_FILE, problems).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            problems.append(f"{self.path / INDEX_FILE} has no weight_map; copy or download it again")
+            return {}
+        files: dict[Path, set[str]] = {}
+        for tensor, file in weight_map.items():
+            files.setdefault(self.path / str(file), set()).add(tensor)
+        return files
+
+    def _no_weights(self) -> str:
+        pickles = [path.name for pattern in _PICKLES for path in sorted(self.path.glob(pattern))]
+        if pickles:
+            return (
+                f"{self.path}: only pickles ({', '.join(pickles[:3])}), which may run code when read; "
+                "convert them once where you trust them: "
+                "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+            )
+        if (self.path / "adapter_config.json").is_file():
+            return f"{self.path}: an adapter without its model; merge it first with PEFT's merge_and_unload()"
+        return f"{self.path}: no weights; expected {WEIGHTS_FILE} or {INDEX_FILE}"
+
+    def _open(self, file: Path, expected: set[str]) -> Iterator[str]:
+        """Open one weight file, yielding its problems."""
+        if not file.is_file():
+            yield f"{file}: missing, though {INDEX_FILE} names it; copy or download it again"
+            return
+        try:
+            handle = safe_open(file, framework="pt")
+            stored = set(handle.keys())
+            for name in sorted(stored):
+                header = handle.get_slice(name)
+                shape = tuple(header.get_shape())
+                dtype = (header[:0] if shape else handle.get_tensor(name)).dtype
+                self.tensors[name] = TensorInfo(name, shape, dtype, file)
+        except (SafetensorError, OSError) as error:
+            yield f"{file}: truncated or corrupt ({error}); copy or download it again"
+            return
+        self._handles[file] = handle
+        for name in sorted(expected - stored):
+            yield f"{file}: no tensor {name}, though {INDEX_FILE} names it; copy or download both again"
+
+
+def resolve(source: str) -> Path:
+    """The directory of a source: itself when local, else the hub's snapshot without its code.
+
+    Raises:
+        CheckpointError: neither a directory nor a model that the hub gives.
+    """
+    local = Path(source).expanduser()
+    if local.is_dir():
+        return local
+    if local.exists() or not _is_hub_id(source):
+        raise CheckpointError(f"{source}: no such directory; give the directory of a saved model, or a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Subfolders and consolidated*.safetensors are second copies of the weights in other layouts.
+        directory = snapshot_download(
+            source,
+            allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"],
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+    except Exception as error:  # the hub client raises many kinds, of several libraries
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{source}: neither a directory here nor a model that the hub gives "
+            f"({type(error).__name__}: {reason[0] if reason else 'no reason given'}); correct the path, or see "
+            "that the network works and that you may read the model (hf auth login)"
+        ) from error
+    return Path(directory)
+
+
+def _is_hub_id(source: str) -> bool:
+    parts: Iterable[str] = source.split("/")
+    return source.count("/") <= 1 and all(part and not part.startswith((".", "~")) for part in parts)

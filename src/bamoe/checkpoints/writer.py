@@ -1,0 +1,179 @@
+"""Writing safetensors in slices, at offsets known in advance; the library itself writes whole files only."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, TypeAlias
+
+import torch
+
+from bamoe.checkpoints.reader import INDEX_FILE, WEIGHTS_FILE
+from bamoe.errors import CheckpointError, ConfigError
+
+Layout: TypeAlias = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by tensor name
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size such as 2GB (decimal), 2GiB (binary) or a plain number. Raises ConfigError otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?", str(text).strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise ConfigError(f"{text!r} is not a size; write for instance 500MB, 2GB or 2GiB")
+    return size
+
+
+@dataclass
+class _Shard:
+    path: Path
+    header: bytes
+    size: int
+    starts: dict[str, int]  # where in the file each tensor begins
+    file: BinaryIO | None = None
+
+
+class ShardedWriter:
+    """Safetensors files of tensors whose shapes are known in advance, filled in any number of slices.
+
+    All files take their full size at once, so that a full disk is found before work is lost. Each header is written
+    last: a file that is not complete is not a safetensors file. `close` sees that every value was written.
+
+    Raises:
+        CheckpointError: the disk has no room.
+    """
+
+    def __init__(self, directory: Path, layout: Layout, max_shard_size: int) -> None:
+        self._sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in layout.items()}
+        self._layout = layout
+        self._directory = directory
+        self._written = dict.fromkeys(layout, 0)
+        self._shards = self._lay_out(max_shard_size)
+        self._shard_of = {name: shard for shard in self._shards for name in shard.starts}
+        try:
+            for shard in self._shards:
+                shard.file = shard.path.open("wb")
+                _allocate(shard.file, shard.size)
+        except OSError as error:
+            self._close_files()
+            total = sum(shard.size for shard in self._shards)
+            raise CheckpointError(
+                f"cannot write {total / 1e9:.2f} GB to {directory.parent}: {error.strerror}; make room or choose "
+                "another disk"
+            ) from error
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files, in order."""
+        return [shard.path for shard in self._shards]
+
+    def append(self, name: str, values: torch.Tensor) -> None:
+        """Write the next values of a tensor, in row-major order."""
+        shape, dtype = self._layout[name]
+        if values.dtype != dtype:
+            raise ValueError(f"{name} is {dtype}, found {values.dtype}")
+        data = values.detach().contiguous().flatten().view(torch.uint8).numpy()
+        if self._written[name] + data.nbytes > self._sizes[name]:
+            raise ValueError(f"more values than {name} of shape {shape} has")
+        shard = self._shard_of[name]
+        assert shard.file is not None
+        shard.file.seek(shard.starts[name] + self._written[name])
+        shard.file.write(data.data)
+        self._written[name] += data.nbytes
+
+    def close(self) -> None:
+        """Write headers and index, and flush to the disk. Raises ValueError when a tensor is not whole."""
+        try:
+            unfinished = [name for name, size in self._sizes.items() if self._written[name] != size]
+            if unfinished:
+                raise ValueError(f"tensors that are not whole: {unfinished[:3]}")
+            for shard in self._shards:
+                assert shard.file is not None
+                shard.file.seek(0)
+                shard.file.write(shard.header)
+                shard.file.flush()
+                os.fsync(shard.file.fileno())
+        finally:
+            self._close_files()
+        if len(self._shards) > 1:
+            self._write_index()
+
+    def __enter__(self) -> ShardedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After an error nothing is finished: the files stay without headers.
+        if kind is None:
+            self.close()
+        else:
+            self._close_files()
+
+    def _lay_out(self, max_shard_size: int) -> list[_Shard]:
+        groups: list[list[str]] = [[]]
+        filled = 0
+        for name, size in self._sizes.items():
+            if groups[-1] and filled + size > max_shard_size:
+                groups.append([])
+                filled = 0
+            groups[-1].append(name)
+            filled += size
+        count = len(groups)
+        names = (
+            [WEIGHTS_FILE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        )
+        return [self._lay_out_shard(self._directory / name, group) for name, group in zip(names, groups, strict=True)]
+
+    def _lay_out_shard(self, path: Path, names: list[str]) -> _Shard:
+        offsets, end = {}, 0
+        for name in names:
+            offsets[name] = end
+            end += self._sizes[name]
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        for name, start in offsets.items():
+            shape, dtype = self._layout[name]
+            entries[name] = {
+                "dtype": _DTYPE_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [start, start + self._sizes[name]],
+            }
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the format's alignment
+        header = len(text).to_bytes(8, "little") + text
+        return _Shard(path, header, len(header) + end, {name: len(header) + at for name, at in offsets.items()})
+
+    def _write_index(self) -> None:
+        index = {
+            "metadata": {
+                "total_size": sum(self._sizes.values()),
+                "total_parameters": sum(math.prod(shape) for shape, _ in self._layout.values()),
+            },
+            "weight_map": {name: self._shard_of[name].path.name for name in sorted(self._layout)},
+        }
+        (self._directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _close_files(self) -> None:
+        for shard in self._shards:
+            if shard.file is not None:
+                shard.file.close()
+
+
+def _allocate(file: BinaryIO, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # file systems that cannot reserve
+                raise
+    file.truncate(size)

@@ -1,0 +1,74 @@
+"""`bamoe inspect`: what a checkpoint is and what it costs to run."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+
+def inspect(
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="A mixture or a dense model: a directory or a hub id.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    context: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens per sequence for the FLOPs. [default: the model's maximum]")
+    ] = None,
+) -> None:
+    """Show a model's experts, total and active parameters, FLOPs per token, KV-cache size and provenance.
+
+    FLOPs are those of a forward pass: 2 per multiply-accumulate, the causal core at half, routers counted.
+    """
+    from bamoe.recipes.inspection import inspect as inspect_checkpoint
+
+    found = inspect_checkpoint(directory, context)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        _print(directory, found)
+
+
+def _print(directory: str, found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=directory, show_header=False, title_justify="left")
+    for name, value in _rows(found):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    flops, parameters = found["flops_per_token"], found["parameters"]
+    return [
+        ("architecture", found["architecture"]),
+        *_expert_rows(found["experts"]),
+        ("parameters, total", f"{parameters['total']:,}"),
+        ("parameters, active per token", f"{parameters['active']:,}"),
+        *((f"FLOPs per token, {part} (context {found['context']:,})", f"{flops[part]:,}") for part in flops),
+        (f"KV cache per token ({found['dtype']})", f"{found['kv_cache_bytes_per_token']:,} bytes"),
+        *_provenance_rows(found["provenance"]),
+    ]
+
+
+def _expert_rows(experts: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if experts is None:
+        return [("experts", "none: a dense model")]
+    attention, feed_forward = experts["attention"], experts["feed_forward"]
+    keys = "one" if attention["total"] == 1 else f"keys and values: {attention['key_value']}"
+    return [
+        (
+            "attention experts",
+            f"{attention['total']}, {attention['per_token']} per token ({attention['routing']}; {keys})",
+        ),
+        (
+            "feed-forward experts",
+            f"{feed_forward['total']}, {feed_forward['per_token']} per token ({feed_forward['routing']})",
+        ),
+    ]
+
+
+def _provenance_rows(provenance: Any) -> list[tuple[str, str]]:
+    return [("provenance", "not recorded" if provenance is None else "recorded: --json shows it")]

@@ -1,0 +1,59 @@
+"""What a mixture will need, from its config alone: disk, memory while building, memory while training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bamoe.recipes.preflight import free_bytes
+
+if TYPE_CHECKING:
+    from bamoe.modeling.configuration_bamoe import BamoeConfig
+
+BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Tensors are made and written in slices, so that no size of model, tensor or shard changes this.
+BUILD_BYTES = 400_000_000
+# Header of a shard and its line in the index, per stored tensor: generous.
+_BYTES_PER_TENSOR_ENTRY = 512
+_FLOAT32 = 4
+# Weight, gradient, and AdamW's two moments.
+_TRAINED_VALUES = 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Parameters (counts) and needs (bytes). Training: float32 weights, gradients, AdamW; activations come on top."""
+
+    total_parameters: int
+    active_parameters: int
+    router_parameters: int
+    output_bytes: int
+    free_bytes: int
+    build_bytes: int
+    training_bytes: int
+    router_training_bytes: int
+
+
+def router_parameters(config: BamoeConfig) -> int:
+    """Parameters of all routers: E·D per layer, and A·D more with several attention experts."""
+    rows = config.num_experts + (config.num_attention_experts if config.num_attention_experts > 1 else 0)
+    return config.num_hidden_layers * rows * config.hidden_size
+
+
+def estimate(config: BamoeConfig, dtype: str, out: Path) -> Estimate:
+    """The needs of the mixture `config`, written to OUT as `dtype` (float32, bfloat16 or float16)."""
+    from bamoe.modeling.costs import count_parameters
+
+    counts, routers = count_parameters(config), router_parameters(config)
+    tensors = 16 * config.num_hidden_layers
+    return Estimate(
+        total_parameters=counts.total,
+        active_parameters=counts.active,
+        router_parameters=routers,
+        output_bytes=counts.total * BYTES_PER_VALUE[dtype] + tensors * _BYTES_PER_TENSOR_ENTRY,
+        free_bytes=free_bytes(out),
+        build_bytes=BUILD_BYTES,
+        training_bytes=counts.total * _FLOAT32 * _TRAINED_VALUES,
+        router_training_bytes=_FLOAT32 * (counts.total + (_TRAINED_VALUES - 1) * routers),
+    )

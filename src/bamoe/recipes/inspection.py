@@ -1,0 +1,93 @@
+"""What a checkpoint is and what it costs to run: a mixture, or a dense model of a supported family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bamoe.checkpoints.loading import load_config
+from bamoe.checkpoints.provenance import PROVENANCE_FILE
+from bamoe.checkpoints.reader import CheckpointReader, resolve
+from bamoe.errors import CheckpointError, ConfigError
+from bamoe.families import family_of
+from bamoe.modeling.configuration_bamoe import BamoeConfig
+from bamoe.modeling.costs import count_parameters, flops_per_token, kv_cache_bytes_per_token
+
+
+def inspect(source: str | Path, context: int | None = None) -> dict[str, Any]:
+    """Architecture, experts, parameters, FLOPs per token, KV-cache bytes per token and provenance, as plain data.
+
+    Args:
+        source: a directory, or a hub id.
+        context: tokens per sequence for the FLOPs; default: the model's maximum.
+
+    Raises:
+        CheckpointError: no readable checkpoint, or one that says it is a mixture and is not.
+        CompatibilityError: an architecture that is not supported.
+        ConfigError: a context below 1.
+    """
+    if context is not None and context < 1:
+        raise ConfigError(f"context must be at least 1 token, found {context}")
+    with CheckpointReader(resolve(str(source))) as reader:
+        raw, path = reader.config, reader.path
+        dtypes = {info.dtype for info in reader.tensors.values()}
+    dense = raw.get("model_type") != BamoeConfig.model_type
+    config = _dense_config(raw) if dense else load_config(path)
+    assert isinstance(config, BamoeConfig)
+    context = context or config.max_position_embeddings
+    counts, flops = count_parameters(config), flops_per_token(config, context)
+    # A dense model is a mixture of one expert, less that expert's router.
+    routers = config.num_hidden_layers * config.hidden_size if dense else 0
+    feed_forward = flops.feed_forward - 2 * routers
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
+    return {
+        "architecture": raw["model_type"],
+        "experts": None if dense else _experts(config),
+        "parameters": {"total": counts.total - routers, "active": counts.active - routers},
+        "context": context,
+        "flops_per_token": {
+            "attention": round(flops.attention),
+            "feed_forward": round(feed_forward),
+            "head": round(flops.head),
+            "total": round(flops.attention + feed_forward + flops.head),
+        },
+        "dtype": str(widest).removeprefix("torch."),
+        "kv_cache_bytes_per_token": kv_cache_bytes_per_token(config, widest.itemsize),
+        "provenance": _provenance(path),
+    }
+
+
+def _dense_config(raw: dict[str, Any]) -> BamoeConfig:
+    family = family_of(raw)
+    fields = family.translate(family.read_config(raw))
+    return BamoeConfig(**fields, num_attention_experts=1, num_experts=1)
+
+
+def _experts(config: BamoeConfig) -> dict[str, Any]:
+    return {
+        "attention": {
+            "total": config.num_attention_experts,
+            "per_token": config.num_attention_experts_per_tok or config.num_attention_experts,
+            "routing": config.attention_routing,
+            "key_value": config.attention_key_value,
+        },
+        "feed_forward": {
+            "total": config.num_experts,
+            "per_token": config.num_experts_per_tok or config.num_experts,
+            "routing": config.feed_forward_routing,
+            "norm_topk_prob": config.norm_topk_prob,
+        },
+    }
+
+
+def _provenance(path: Path) -> Any:
+    file = path / PROVENANCE_FILE
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is not readable JSON: {error}") from error

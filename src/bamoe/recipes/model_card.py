@@ -1,0 +1,155 @@
+"""The README.md of a built mixture: what it is, what it was made from, how to load and train it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from bamoe.recipes.schema import Recipe
+from bamoe.recipes.sources import SEED_LABEL, expert_label
+
+if TYPE_CHECKING:
+    from bamoe.modeling.configuration_bamoe import BamoeConfig
+
+_TITLES = {
+    "bam": "Branch-Attend-Mix mixture of {seats} experts (arXiv 2408.08274)",
+    "btx": "Branch-Train-MiX mixture of {seats} experts (arXiv 2403.07816)",
+    "sparse": "Sparsely upcycled mixture of {seats} experts (arXiv 2212.05055)",
+}
+
+_LOADING = """\
+## Load
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("DIR", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("DIR", trust_remote_code=True)
+```
+
+`DIR` is this directory. Both calls need `trust_remote_code=True`: without it transformers asks a question on standard
+input and waits. Where `bamoe` is installed, its own class runs no code from this directory:
+
+```python
+from bamoe import BamoeForCausalLM
+
+model = BamoeForCausalLM.from_pretrained("DIR")
+```
+"""
+
+_TRAINING = """\
+## Train
+
+**The routers are random and untrained: this model is a starting point, not a finished one.** Train it on all of the
+experts' domains, `bamoe train CONFIG.yaml`:
+
+```yaml
+model: DIR
+output: DIR-trained
+data:
+  - {name: code, path: code.jsonl.gz, weight: 0.5}
+  - {name: general, path: general.txt, weight: 0.5}
+sequence_length: 2048
+tokens: 1_000_000_000
+batch_tokens: 1_048_576
+learning_rate: 1.0e-4
+schedule: {warmup_tokens: 10_000_000, decay: cosine, final: 0.1}
+seed: 0
+```
+"""
+
+
+def model_card(
+    recipe: Recipe,
+    config: BamoeConfig,
+    hashes: Mapping[str, Mapping[str, str]],
+    overridden: tuple[str, ...] | list[str] = (),
+) -> str:
+    """The model card in Markdown.
+
+    Args:
+        recipe: what was asked for.
+        config: what was built.
+        hashes: SHA-256 by file name, by checkpoint label ("seed", "expert NAME").
+        overridden: pre-flight refusals that the user allowed.
+    """
+    parts = [
+        _front_matter(recipe),
+        f"# {_TITLES[recipe.recipe].format(seats=recipe.num_seats)}\n",
+        _description(config),
+        _experts(recipe),
+        _LOADING,
+        _TRAINING,
+        f"## Recipe\n\n```yaml\n{_recipe_yaml(recipe)}```\n",
+        _overridden(overridden),
+        _sources(recipe, hashes),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _front_matter(recipe: Recipe) -> str:
+    sources = dict.fromkeys([recipe.seed, *(expert.model for expert in recipe.experts)])
+    fields = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["bamoe", "mixture-of-experts", recipe.recipe, "custom_code"],
+        # The hub refuses base models that are not its own.
+        "base_model": [source for source in sources if source.count("/") == 1 and not Path(source).exists()],
+    }
+    text = yaml.safe_dump({key: value for key, value in fields.items() if value}, sort_keys=False)
+    return f"---\n{text}---\n"
+
+
+def _description(config: BamoeConfig) -> str:
+    from bamoe.modeling.costs import count_parameters
+
+    counts = count_parameters(config)
+    lines = [
+        "| | |",
+        "|---|---|",
+        f"| parameters, total | {counts.total:,} |",
+        f"| parameters, active per token | {counts.active:,} |",
+        f"| layers, width | {config.num_hidden_layers}, {config.hidden_size} |",
+    ]
+    if config.num_attention_experts > 1:
+        selected = config.num_attention_experts_per_tok or config.num_attention_experts
+        lines.append(
+            f"| attention experts | {config.num_attention_experts}, {selected} per token "
+            f"({config.attention_routing} routing; keys and values: {config.attention_key_value}) |"
+        )
+    selected = config.num_experts_per_tok or config.num_experts
+    renormalised = "renormalised" if config.norm_topk_prob else "not renormalised"
+    lines.append(
+        f"| feed-forward experts | {config.num_experts}, {selected} per token "
+        f"({config.feed_forward_routing} routing; gates {renormalised}) |"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _experts(recipe: Recipe) -> str:
+    if not recipe.experts:
+        return f"Every expert is a copy of the feed-forward of `{recipe.seed}`.\n"
+    rows = [f"| {expert.name} | `{expert.model}` | {expert.copies} |" for expert in recipe.experts]
+    return "\n".join(["## Experts", "", "| name | model | seats |", "|---|---|---|", *rows]) + "\n"
+
+
+def _recipe_yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def _overridden(overridden: tuple[str, ...] | list[str]) -> str:
+    if not overridden:
+        return ""
+    return "## Allowed differences\n\n" + "\n".join(f"- {line}" for line in overridden) + "\n"
+
+
+def _sources(recipe: Recipe, hashes: Mapping[str, Mapping[str, str]]) -> str:
+    models = {SEED_LABEL: recipe.seed} | {expert_label(expert.name): expert.model for expert in recipe.experts}
+    lines = ["## Sources", "", "| checkpoint | file | SHA-256 |", "|---|---|---|"]
+    for label, files in hashes.items():
+        name = f"{label}: `{models[label]}`" if label in models else label
+        lines += [f"| {name} | {file} | `{digest}` |" for file, digest in files.items()]
+    return "\n".join(lines) + "\n\nThe licences of the sources apply.\n"

@@ -1,0 +1,323 @@
+"""Can these checkpoints become one mixture? Every problem at once, before a byte is written.
+
+Each problem has a class (docs/upcycling.md lists them). Where a sensible mixture exists all the same, `--allow CLASS`
+turns the refusal into a warning that the provenance records.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from bamoe.checkpoints.plan import SUPPORTED_DTYPES
+from bamoe.checkpoints.reader import CONFIG_FILE, CheckpointReader, TensorInfo, resolve
+from bamoe.errors import CheckpointError
+from bamoe.families import DenseFamily, family_of
+from bamoe.recipes.findings import DIFFERENCES, Difference, Findings, check_allow
+from bamoe.recipes.schema import Recipe
+from bamoe.recipes.sources import SEED_LABEL, Sources, expert_label
+from bamoe.recipes.tokenizers import chat_template, compare_tokenizers, has_tokenizer, text_frame
+
+_SCAN_BYTES = 32 * 2**20
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One checkpoint as the comparisons see it; `tensors` is None when its weights cannot be read."""
+
+    label: str
+    path: Path
+    tensors: Mapping[str, TensorInfo] | None
+    family: DenseFamily | None = None
+    config: Any = None
+    dense: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_checked(recipe: Recipe, allow: Collection[str] = ()) -> tuple[Sources, Findings]:
+    """Open a recipe's checkpoints and compare them; those that cannot be opened are findings too.
+
+    Raises:
+        ConfigError: `allow` names a class that cannot be overridden.
+        CompatibilityError: every problem found, when a checkpoint cannot be opened.
+    """
+    check_allow(allow)
+    wanted = {SEED_LABEL: recipe.seed} | {expert_label(expert.name): expert.model for expert in recipe.experts}
+    findings, models, opened = Findings(), [], {}
+    for label, source in wanted.items():
+        path = Path(source)
+        try:
+            path = resolve(source)
+            opened[label] = CheckpointReader(path)
+            models.append(_understand(label, path, opened[label].config, opened[label].tensors, findings))
+        except CheckpointError as error:
+            for line in str(error).splitlines():
+                findings.refuse("shards" if ".safetensors" in line else "checkpoint", f"{label}: {line}")
+            models.append(_understand_config_only(label, path, findings))
+    _compare(recipe, models, findings, allow)
+    if len(opened) < len(wanted):
+        for reader in opened.values():
+            reader.close()
+        findings.raise_if_any()
+    experts = {expert.name: opened[expert_label(expert.name)] for expert in recipe.experts}
+    return Sources(opened[SEED_LABEL], experts), findings
+
+
+def check_sources(
+    recipe: Recipe, seed: CheckpointReader, experts: Mapping[str, CheckpointReader], allow: Collection[str] = ()
+) -> Findings:
+    """Compare every expert with the seed, and every checkpoint with its own config.
+
+    Raises:
+        ConfigError: `allow` names a class that cannot be overridden.
+    """
+    check_allow(allow)
+    findings = Findings()
+    models = [
+        _understand(label, reader.path, reader.config, reader.tensors, findings)
+        for label, reader in _labelled(seed, experts).items()
+    ]
+    _compare(recipe, models, findings, allow)
+    return findings
+
+
+def _labelled(seed: CheckpointReader, experts: Mapping[str, CheckpointReader]) -> dict[str, CheckpointReader]:
+    return {SEED_LABEL: seed} | {expert_label(name): reader for name, reader in experts.items()}
+
+
+def _compare(recipe: Recipe, models: list[_Model], findings: Findings, allow: Collection[str]) -> None:
+    for model in models:
+        _check_tensors(model, findings, allow)
+    _check_architecture(models, findings)
+    for difference in DIFFERENCES:
+        _check_difference(difference, models, findings, allow)
+    _check_tokenizers(models, findings, allow)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        _warn_where_different(models, findings, "special-ids", name)
+    _warn_where_different(models, findings, "maximum-positions", "max_position_embeddings")
+    _warn_of_dtypes(recipe, models, findings)
+
+
+def check_disk(needed: int, out: Path) -> Findings:
+    """Whether OUT's file system has room for `needed` bytes."""
+    findings = Findings()
+    free = free_bytes(out)
+    if needed > free:
+        findings.refuse(
+            "disk",
+            f"{out} needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free: make room, choose another disk, "
+            "or a smaller dtype",
+        )
+    return findings
+
+
+def free_bytes(out: Path) -> int:
+    """Free bytes of the file system that OUT is on, or will be on."""
+    existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def scan_values(
+    seed: CheckpointReader,
+    experts: Mapping[str, CheckpointReader],
+    progress: Callable[[int], None] | None = None,
+) -> Findings:
+    """Look for NaN and infinite weights in every checkpoint; `progress` is told the bytes of each slice read."""
+    findings = Findings()
+    seen: set[Path] = set()
+    for label, reader in _labelled(seed, experts).items():
+        if (path := reader.path.resolve()) in seen:  # the seed is often one of the experts
+            continue
+        seen.add(path)
+        bad = [name for name in reader.tensors if not _is_finite(reader, name, progress)]
+        if bad:
+            findings.refuse(
+                "values",
+                f"{label}: NaN or infinite values in {_examples(bad)}: save the model again, or choose another",
+            )
+    return findings
+
+
+def _is_finite(reader: CheckpointReader, name: str, progress: Callable[[int], None] | None) -> bool:
+    info = reader.tensors[name]
+    rows = info.shape[0] if info.shape else 1
+    row_bytes = max(1, info.dtype.itemsize * math.prod(info.shape[1:]))
+    step = max(1, _SCAN_BYTES // row_bytes)
+    finite = True
+    for start in range(0, rows, step):
+        part = reader.read(name, start, min(start + step, rows))
+        # The extremes are NaN when any value is, and are found ten times faster than value by value.
+        finite = finite and (part.numel() == 0 or all(bool(value.isfinite()) for value in part.aminmax()))
+        if progress is not None:
+            progress(part.nbytes)
+    return finite
+
+
+def _understand(
+    label: str, path: Path, raw: dict[str, Any], tensors: Mapping[str, TensorInfo] | None, findings: Findings
+) -> _Model:
+    """The config in the terms that all families share; empty where it cannot be understood."""
+    try:
+        family = family_of(raw)
+        config = family.read_config(raw)
+        refusals = family.refusals(config)
+        dense = family.translate(config)
+    except (TypeError, ValueError) as error:  # BamoeErrors, and values that no config should have
+        findings.refuse("unsupported", f"{label}: config.json: {error}")
+        return _Model(label, path, tensors)
+    for refusal in refusals:
+        findings.refuse("unsupported", f"{label}: {refusal}")
+    if not refusals:
+        _check_dense_config(label, dense, findings)
+    return _Model(label, path, tensors, family, config, dense)
+
+
+def _understand_config_only(label: str, path: Path, findings: Findings) -> _Model:
+    """A checkpoint whose weights cannot be read, so that the report also has what its config says."""
+    try:
+        raw = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raw = None
+    if not isinstance(raw, dict):
+        return _Model(label, path, None)
+    return _understand(label, path, raw, None, findings)
+
+
+def _check_dense_config(label: str, dense: Mapping[str, Any], findings: Findings) -> None:
+    from bamoe.modeling.configuration_bamoe import BamoeConfig
+
+    try:
+        BamoeConfig(**dense, num_attention_experts=1, num_experts=1)
+    except ValueError as error:
+        findings.refuse("unsupported", f"{label}: {error}")
+
+
+def _check_tensors(model: _Model, findings: Findings, allow: Collection[str]) -> None:
+    if model.family is None or model.tensors is None:
+        return
+    expected, ignored = model.family.dense_tensors(model.config), model.family.ignored(model.config)
+    stored = model.tensors
+    missing = [name for name in expected if name not in stored]
+    unexpected = [n for n in stored if n not in expected and not any(fnmatch(n, pattern) for pattern in ignored)]
+    for name, names, remedy in (
+        ("missing-tensor", [n for n in missing if not n.endswith(".bias")], "save or download the checkpoint again"),
+        ("bias", [n for n in missing if n.endswith(".bias")], "the config asks for biases that are not stored"),
+    ):
+        if names:
+            findings.refuse(name, f"{model.label}: no {_examples(names)}: {remedy}")
+    biases = [name for name in unexpected if name.endswith(".bias")]
+    if biases:
+        findings.refuse(
+            "bias", f"{model.label}: {_examples(biases)} stored, but the config has no such biases: mend it"
+        )
+    others = [name for name in unexpected if not name.endswith(".bias")]
+    if others:
+        findings.refuse(
+            "unexpected-tensor",
+            f"{model.label}: {_examples(others)} have no place in a {model.family.model_type} model of this config: "
+            "check that the config belongs to these weights",
+            allow,
+        )
+    wrong = [name for name, shape in expected.items() if name in stored and tuple(stored[name].shape) != shape]
+    if wrong:
+        seen = _examples([f"{name} {tuple(stored[name].shape)} instead of {expected[name]}" for name in wrong])
+        findings.refuse("tensor-shape", f"{model.label}: {seen}: check that the config belongs to these weights")
+    alien = [name for name in expected if name in stored and stored[name].dtype not in SUPPORTED_DTYPES]
+    if alien:
+        seen = _examples([f"{name} {stored[name].dtype}" for name in alien])
+        findings.refuse("unsupported", f"{model.label}: {seen}: save the weights in float32, bfloat16 or float16 first")
+
+
+def _check_architecture(models: list[_Model], findings: Findings) -> None:
+    types = {model.label: model.family.model_type for model in models if model.family}
+    if len(set(types.values())) > 1:
+        seen = "; ".join(f"{label} {kind!r}" for label, kind in types.items())
+        findings.refuse("architecture", f"{seen}: all models must be of one architecture: choose others")
+
+
+def _check_difference(difference: Difference, models: list[_Model], findings: Findings, allow: Collection[str]) -> None:
+    understood = [model for model in models if model.dense]
+    if not understood or understood[0].label != SEED_LABEL:
+        return
+    values = {model.label: [_normal(model.dense[name]) for name in difference.fields] for model in understood}
+    different = [label for label, value in values.items() if value != values[SEED_LABEL]]
+    if different:
+        fields = [
+            i for i, _ in enumerate(difference.fields) if any(values[x][i] != values[SEED_LABEL][i] for x in different)
+        ]
+        seen = "; ".join(
+            f"{label} {', '.join(f'{difference.fields[i]} {json.dumps(values[label][i])}' for i in fields)}"
+            for label in (SEED_LABEL, *different)
+        )
+        findings.refuse(difference.name, f"{seen}: {difference.remedy}", allow)
+
+
+def _normal(value: Any) -> Any:
+    """Equal for values that mean the same: absent and None, 10000 and 10000.0."""
+    if isinstance(value, Mapping):
+        return {key: _normal(item) for key, item in sorted(value.items()) if item is not None}
+    return value
+
+
+def _check_tokenizers(models: list[_Model], findings: Findings, allow: Collection[str]) -> None:
+    seed, *experts = models
+    if not has_tokenizer(seed.path):
+        findings.warn("tokenizer", f"{seed.label}: {seed.path} has no tokenizer, so the mixture will have none")
+        return
+    # Another vocabulary size is refused on its own, and leaves no tokenizer that would fit.
+    same_size = len({model.dense.get("vocab_size") for model in models}) == 1
+    for model in experts:
+        try:
+            comparison = compare_tokenizers(seed.path, model.path)
+            _warn_of_prompts(seed, model, findings)
+        except CheckpointError as error:
+            findings.refuse("checkpoint", f"{model.label}: {error}")
+            continue
+        if comparison.differences:
+            findings.refuse(
+                "tokenizer",
+                f"{model.label}: {' | '.join(comparison.differences)}: choose experts with the seed's tokenizer",
+                allow if same_size else (),
+            )
+        elif not comparison.compared:
+            findings.warn(
+                "tokenizer",
+                f"{model.label}: {model.path} has no tokenizer file of the seed's kind; whether its ids are the "
+                "seed's is not known",
+            )
+
+
+def _warn_of_prompts(seed: _Model, model: _Model, findings: Findings) -> None:
+    if chat_template(seed.path) != chat_template(model.path):
+        findings.warn("chat-template", f"{model.label}: another chat template than the seed's, which the mixture keeps")
+    if has_tokenizer(model.path) and text_frame(seed.path) != text_frame(model.path):
+        findings.warn(
+            "special-ids", f"{model.label}: its tokenizer puts other special tokens around a text than the seed's"
+        )
+
+
+def _warn_where_different(models: list[_Model], findings: Findings, name: str, key: str) -> None:
+    values = {model.label: model.dense[key] for model in models if model.dense}
+    if any(value != next(iter(values.values())) for value in values.values()):
+        seen = "; ".join(f"{label} {value}" for label, value in values.items())
+        findings.warn(name, f"{key}: {seen}: the mixture keeps the seed's")
+
+
+def _warn_of_dtypes(recipe: Recipe, models: list[_Model], findings: Findings) -> None:
+    stored = {model.label: {str(info.dtype)[6:] for info in (model.tensors or {}).values()} for model in models}
+    if len(set().union(*stored.values())) > 1:
+        seen = "; ".join(f"{label} {' and '.join(sorted(dtypes))}" for label, dtypes in stored.items() if dtypes)
+        target = recipe.dtype or "the seed's embeddings are"
+        findings.warn("mixed-dtypes", f"{seen}: averaged in float32, written as {target}")
+
+
+def _examples(names: Iterable[str]) -> str:
+    names = list(names)
+    rest = len(names) - _EXAMPLES
+    return ", ".join(names[:_EXAMPLES]) + (f" and {rest} more" if rest > 0 else "")

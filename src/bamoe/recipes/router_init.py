@@ -1,0 +1,41 @@
+"""How the weights of new routers start."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from bamoe.checkpoints.plan import ReadRows, ShapeOf, Source
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Normal values of a router (experts, width), from a generator of its own.
+
+    The generator is seeded by the recipe's seed and the tensor's name, so that the values depend neither on the other
+    tensors nor on the order in which they are made.
+    """
+
+    name: str
+    experts: int
+    width: int
+    std: float
+    seed: int
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return ()
+
+    def shape(self, shape_of: ShapeOf) -> tuple[int, int]:
+        return self.experts, self.width
+
+    def rows(self, start: int, stop: int, read: ReadRows) -> torch.Tensor:
+        digest = hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+        # A router is small, so any of its rows are cut from the whole.
+        return (torch.randn(self.experts, self.width, generator=generator) * self.std)[start:stop]
+
+    def describe(self) -> str:
+        return f"random, standard deviation {self.std}, seed {self.seed}"

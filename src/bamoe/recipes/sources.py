@@ -1,0 +1,40 @@
+"""The checkpoints that a recipe names, opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from bamoe.checkpoints.reader import CheckpointReader
+
+SEED_LABEL = "seed"
+
+
+def expert_label(name: str) -> str:
+    """How plans and messages call an expert's checkpoint; an expert may itself be named seed."""
+    return f"expert {name}"
+
+
+@dataclass
+class Sources:
+    """The seed's checkpoint and each expert's, by the expert's name in the recipe (none for sparse)."""
+
+    seed: CheckpointReader
+    experts: dict[str, CheckpointReader] = field(default_factory=dict)
+
+    def labelled(self) -> dict[str, CheckpointReader]:
+        """Every checkpoint under the label that plans and messages use."""
+        return {SEED_LABEL: self.seed} | {expert_label(name): reader for name, reader in self.experts.items()}
+
+    def close(self) -> None:
+        """Release every memory map."""
+        for reader in self.labelled().values():
+            reader.close()
+
+    def __enter__(self) -> Sources:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,253 @@
+"""A recipe as a table: for each group of tensors, stack the experts', take their mean, or copy the seed's.
+
+Shapes: A attention experts, E feed-forward experts, H query heads and J key/value heads of one dense model, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from bamoe.checkpoints.plan import (
+    SUPPORTED_DTYPES,
+    Block,
+    Columns,
+    Operation,
+    Plan,
+    PlannedTensor,
+    Rows,
+    Shape,
+    Source,
+    Unused,
+    as_rows,
+)
+from bamoe.checkpoints.reader import CheckpointReader
+from bamoe.errors import CompatibilityError
+from bamoe.families import DenseFamily
+from bamoe.modeling.configuration_bamoe import BamoeConfig
+from bamoe.recipes.merging import Mean
+from bamoe.recipes.router_init import Normal
+from bamoe.recipes.schema import Recipe
+from bamoe.recipes.sources import SEED_LABEL, expert_label
+
+Group: TypeAlias = Literal["query_output", "key_value", "feed_forward", "rest"]
+Way: TypeAlias = Literal["stack", "mean", "seed"]
+
+GROUPS: Mapping[Group, tuple[str, ...]] = {
+    "query_output": ("query", "query_bias", "query_norm", "output", "output_bias"),
+    "key_value": ("key", "value", "key_bias", "value_bias", "key_norm"),
+    "feed_forward": ("gate", "up", "down"),
+    "rest": ("embedding", "final_norm", "head", "input_norm", "post_attention_norm"),
+}
+
+# Where each role goes in the mixture; routers and stacked feed-forward weights are added below.
+_TARGETS = {
+    "embedding": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "head": "lm_head.weight",
+    "input_norm": "model.layers.{layer}.input_layernorm.weight",
+    "post_attention_norm": "model.layers.{layer}.post_attention_layernorm.weight",
+    "query": "model.layers.{layer}.self_attn.q_proj.weight",
+    "query_bias": "model.layers.{layer}.self_attn.q_proj.bias",
+    "query_norm": "model.layers.{layer}.self_attn.q_norm.weight",
+    "key": "model.layers.{layer}.self_attn.k_proj.weight",
+    "key_bias": "model.layers.{layer}.self_attn.k_proj.bias",
+    "key_norm": "model.layers.{layer}.self_attn.k_norm.weight",
+    "value": "model.layers.{layer}.self_attn.v_proj.weight",
+    "value_bias": "model.layers.{layer}.self_attn.v_proj.bias",
+    "output": "model.layers.{layer}.self_attn.o_proj.weight",
+    "output_bias": "model.layers.{layer}.self_attn.output_bias",
+}
+
+
+def table_of(recipe: Recipe) -> dict[Group, Way]:
+    """What a recipe does with each group of tensors.
+
+    BAM, section 3: attention and feed-forward are experts, the rest is averaged. BTX, section 2.2: the feed-forward
+    alone. Sparse upcycling, section 2: copies of the seed's feed-forward in the seed.
+    """
+    rest: Way = "seed" if recipe.recipe == "sparse" else recipe.shared_weights.merge
+    if recipe.attention is None:
+        return {"query_output": rest, "key_value": rest, "feed_forward": "stack", "rest": rest}
+    has_own_keys = recipe.attention.key_value == "experts"
+    key_value: Way = "stack" if has_own_keys else recipe.attention.key_value_merge
+    return {"query_output": "stack", "key_value": key_value, "feed_forward": "stack", "rest": rest}
+
+
+def mixture_config(recipe: Recipe, dense: Mapping[str, Any]) -> BamoeConfig:
+    """The mixture's config from a recipe and the seed's dense fields (`DenseFamily.translate`).
+
+    Raises CompatibilityError when no mixture can have these values.
+    """
+    fields: dict[str, Any] = dict(dense)
+    fields["num_attention_experts"] = 1
+    if recipe.attention is not None:
+        seats = recipe.num_seats
+        fields |= {
+            "num_attention_experts": seats,
+            "num_attention_heads": seats * dense["num_attention_heads"],
+            "attention_key_value": recipe.attention.key_value,
+            "attention_routing": recipe.attention.routing,
+            "num_attention_experts_per_tok": recipe.attention.num_experts_per_tok,
+            "attention_norm_topk_prob": recipe.attention.norm_topk_prob,
+        }
+        if recipe.attention.key_value == "experts":
+            fields["num_key_value_heads"] = seats * dense["num_key_value_heads"]
+    feed_forward = recipe.feed_forward
+    fields |= {
+        "num_experts": recipe.num_seats,
+        "feed_forward_routing": feed_forward.routing,
+        "num_experts_per_tok": feed_forward.num_experts_per_tok,
+        "norm_topk_prob": feed_forward.norm_topk_prob,
+        "routed_scaling_factor": feed_forward.routed_scaling_factor,
+    }
+    try:
+        return BamoeConfig(**fields)
+    except ValueError as error:
+        raise CompatibilityError(f"no mixture can have the seed's config: {error}") from error
+
+
+def build_plan(
+    recipe: Recipe,
+    seed: CheckpointReader,
+    experts: Mapping[str, CheckpointReader],
+    family: DenseFamily,
+    config: BamoeConfig,
+) -> Plan:
+    """The plan of a mixture of `config`; `experts` are the checkpoints by the names that the recipe gives them.
+
+    Raises:
+        CompatibilityError: the seed is stored in a dtype that a mixture is not written in, and the recipe names none.
+    """
+    dense = family.read_config(seed.config)
+    planner = _Planner(recipe, family, family.shapes(dense), config, target_dtype(recipe, seed, family))
+    tensors = tuple(planner.tensors())
+    used = {source for tensor in tensors for source in tensor.operation.sources}
+    labelled = {SEED_LABEL: seed} | {expert_label(name): reader for name, reader in experts.items()}
+    unused = (entry for label, reader in labelled.items() for entry in _unused(label, reader, family, used))
+    return Plan(tensors, tuple(unused))
+
+
+def target_dtype(recipe: Recipe, seed: CheckpointReader, family: DenseFamily) -> torch.dtype:
+    """The recipe's dtype, or the one in which the seed stores its embeddings."""
+    if recipe.dtype is not None:
+        return getattr(torch, recipe.dtype)
+    embedding = seed.tensors.get(family.name("embedding"))
+    if embedding is None or embedding.dtype not in SUPPORTED_DTYPES:
+        stored = "no embeddings" if embedding is None else embedding.dtype
+        raise CompatibilityError(f"{seed.path} has {stored}: name the mixture's dtype in the recipe (dtype: bfloat16)")
+    return embedding.dtype
+
+
+def _unused(label: str, reader: CheckpointReader, family: DenseFamily, used: set[Source]) -> Iterator[Unused]:
+    dense = family.read_config(reader.config)
+    expected, ignored = family.dense_tensors(dense), family.ignored(dense)
+    for name in reader.tensors:
+        source = Source(label, name)
+        if source in used:
+            continue
+        if any(fnmatch(name, pattern) for pattern in ignored):
+            yield Unused(source, "no weight of the model")
+        elif name not in expected:
+            yield Unused(source, f"has no place in a {family.model_type} model of this config")
+        elif label == SEED_LABEL:
+            yield Unused(source, "the experts' tensors are used; the seed gives config and tokenizer")
+        else:
+            yield Unused(source, "the seed's tensor is used")
+
+
+@dataclass(frozen=True)
+class _Planner:
+    recipe: Recipe
+    family: DenseFamily
+    shapes: Mapping[str, Shape]  # of one dense model, by role
+    config: BamoeConfig
+    dtype: torch.dtype
+
+    @property
+    def seats(self) -> list[str]:
+        """The checkpoint of each expert seat."""
+        if self.recipe.recipe == "sparse":
+            return [SEED_LABEL] * self.recipe.num_seats
+        return [expert_label(expert.name) for expert in self.recipe.experts for _ in range(expert.copies)]
+
+    def tensors(self) -> Iterator[PlannedTensor]:
+        """Every tensor of the mixture, embeddings first, head last."""
+        yield self._tensor("embedding", None, "rest")
+        for layer in range(self.config.num_hidden_layers):
+            for group in ("rest", "query_output", "key_value"):
+                for role in GROUPS[group]:
+                    if role in self.shapes and "{layer}" in _TARGETS[role]:
+                        yield self._tensor(role, layer, group)
+            if self.config.num_attention_experts > 1:
+                yield self._router(f"model.layers.{layer}.self_attn.gate.weight", self.config.num_attention_experts)
+            yield self._router(f"model.layers.{layer}.mlp.gate.weight", self.config.num_experts)
+            yield from self._feed_forward_experts(layer)
+        yield self._tensor("final_norm", None, "rest")
+        if "head" in self.shapes:
+            yield self._tensor("head", None, "rest")
+
+    def _tensor(self, role: str, layer: int | None, group: Group) -> PlannedTensor:
+        way = table_of(self.recipe)[group]
+        operation: Operation
+        if way == "stack":
+            operation = self._stack(role, layer)
+        elif way == "mean":
+            labels = [expert_label(expert.name) for expert in self.recipe.experts]
+            operation = Mean(tuple(self._source(label, role, layer) for label in labels))
+        else:
+            operation = Rows((self._whole(SEED_LABEL, role, layer),))
+        name = _TARGETS[role].format(layer=layer)
+        return PlannedTensor(name, self._target_shape(role, way == "stack"), self.dtype, operation)
+
+    def _target_shape(self, role: str, stacked: bool) -> Shape:
+        seats = len(self.seats) if stacked else 1
+        shape = self.shapes[role]
+        if role == "output":
+            return shape[0], seats * shape[1]
+        if role == "output_bias" or (role in ("query_norm", "key_norm") and len(shape) == 1):
+            return seats, *shape
+        return seats * shape[0], *shape[1:]
+
+    def _stack(self, role: str, layer: int | None) -> Rows | Columns:
+        """One expert after the other; but the query heads of experts that share keys go by key/value head first.
+
+        Heads in order (key/value head, expert, group) let grouped-query attention repeat each shared key head over
+        all its queries without a copy.
+        """
+        shared_keys = self.config.attention_key_value == "shared"
+        follows_heads = role in ("query", "query_bias", "output") or (
+            role == "query_norm" and self.config.qk_norm == "head"
+        )
+        by_column = role == "output"
+        parts = self.config.num_dense_key_value_heads if shared_keys and follows_heads else 1
+        size = self.shapes[role][1] if by_column else as_rows(self.shapes[role])[0]
+        step = size // parts
+        blocks = tuple(
+            Block(self._source(label, role, layer), part * step, (part + 1) * step)
+            for part in range(parts)
+            for label in self.seats
+        )
+        return Columns(blocks) if by_column else Rows(blocks)
+
+    def _feed_forward_experts(self, layer: int) -> Iterator[PlannedTensor]:
+        experts, width, inner = self.config.num_experts, self.config.hidden_size, self.config.intermediate_size
+        gate_up = tuple(self._whole(label, role, layer) for label in self.seats for role in ("gate", "up"))
+        down = tuple(self._whole(label, "down", layer) for label in self.seats)
+        prefix = f"model.layers.{layer}.mlp.experts"
+        yield PlannedTensor(f"{prefix}.gate_up_proj", (experts, 2 * inner, width), self.dtype, Rows(gate_up))
+        yield PlannedTensor(f"{prefix}.down_proj", (experts, width, inner), self.dtype, Rows(down))
+
+    def _router(self, name: str, experts: int) -> PlannedTensor:
+        width, router = self.config.hidden_size, self.recipe.router
+        return PlannedTensor(name, (experts, width), self.dtype, Normal(name, experts, width, router.std, router.seed))
+
+    def _source(self, label: str, role: str, layer: int | None) -> Source:
+        return Source(label, self.family.name(role, layer))
+
+    def _whole(self, label: str, role: str, layer: int | None) -> Block:
+        return Block(self._source(label, role, layer), 0, as_rows(self.shapes[role])[0])

@@ -1,0 +1,119 @@
+"""`bamoe inspect` counts what is stored, and what independent formulas give."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM as Auto
+from transformers import CohereConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from bamoe.cli.main import main
+from bamoe.recipes.upcycle import upcycle
+
+WIDTH, INNER, LAYERS, VOCABULARY, HEADS, KEY_VALUE_HEADS, HEAD_DIM = 32, 48, 2, 40, 4, 2, 8
+TINY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KEY_VALUE_HEADS,
+    "head_dim": HEAD_DIM,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def inspect(capsys, *arguments) -> dict:
+    assert main(["inspect", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def save(directory, config_class=LlamaConfig, **changes):
+    Auto.from_config(config_class(**(TINY | changes))).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, CohereConfig])
+@pytest.mark.parametrize("tied", [False, True])
+def test_dense_parameters_are_those_of_the_model(config_class, tied, tmp_path, capsys):
+    save(tmp_path / "dense", config_class, tie_word_embeddings=tied)
+    found = inspect(capsys, tmp_path / "dense")
+    counted = sum(parameter.numel() for parameter in Auto.from_pretrained(tmp_path / "dense").parameters())
+    assert found["parameters"] == {"total": counted, "active": counted}
+    assert found["architecture"] == config_class.model_type
+    assert found["experts"] is None
+    assert found["provenance"] is None
+
+
+def test_dense_costs(tmp_path, capsys):
+    save(tmp_path / "dense")
+    found = inspect(capsys, tmp_path / "dense", "--context", 16)
+    heads = HEADS * HEAD_DIM
+    projections = 2 * WIDTH * (heads + 2 * KEY_VALUE_HEADS * HEAD_DIM) + 2 * heads * WIDTH
+    core = 2 * 2 * heads * 16 / 2
+    assert found["flops_per_token"] == {
+        "attention": LAYERS * (projections + core),
+        "feed_forward": LAYERS * 2 * 3 * WIDTH * INNER,
+        "head": 2 * WIDTH * VOCABULARY,
+        "total": LAYERS * (projections + core + 6 * WIDTH * INNER) + 2 * WIDTH * VOCABULARY,
+    }
+    assert found["kv_cache_bytes_per_token"] == LAYERS * 2 * KEY_VALUE_HEADS * HEAD_DIM * 4
+    assert (found["context"], found["dtype"]) == (16, "float32")
+
+
+@pytest.mark.parametrize(("key_value", "caches"), [("experts", 3), ("shared", 1)])
+def test_a_mixture(key_value, caches, tmp_path, capsys):
+    seed = str(save(tmp_path / "seed"))
+    recipe = {
+        "recipe": "bam",
+        "seed": seed,
+        "experts": [{"name": "a", "model": seed, "copies": 3}],
+        "attention": {"key_value": key_value},
+        "dtype": "bfloat16",
+    }
+    with pytest.warns(UserWarning, match="has no tokenizer"):
+        upcycle(recipe, tmp_path / "out")
+    found = inspect(capsys, tmp_path / "out")
+    stored = sum(tensor.numel() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
+    assert found["architecture"] == "bamoe"
+    assert found["parameters"]["total"] == stored
+    assert found["parameters"]["active"] == stored - LAYERS * 2 * 3 * WIDTH * INNER
+    assert found["experts"]["attention"]["total"] == found["experts"]["feed_forward"]["total"] == 3
+    assert found["experts"]["attention"]["key_value"] == key_value
+    assert found["kv_cache_bytes_per_token"] == caches * LAYERS * 2 * KEY_VALUE_HEADS * HEAD_DIM * 2
+    assert found["context"] == 64
+    assert found["provenance"]["recipe"]["recipe"] == "bam"
+    flops = found["flops_per_token"]
+    assert flops["total"] == flops["attention"] + flops["feed_forward"] + flops["head"]
+    routers = 2 * 3 * WIDTH
+    assert flops["feed_forward"] == LAYERS * (2 * 3 * WIDTH * INNER + routers)
+
+
+def test_the_table_for_people(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    save(tmp_path / "dense")
+    assert main(["inspect", str(tmp_path / "dense")]) == 0
+    shown = capsys.readouterr().out
+    for part in ("llama", "parameters, total", "FLOPs per token, total", "KV cache per token", "not recorded"):
+        assert part in shown
+
+
+def test_what_cannot_be_inspected_is_refused(tmp_path, capsys):
+    save(tmp_path / "dense")
+    assert main(["inspect", str(tmp_path / "dense"), "--context", "0"]) == 1
+    assert "context" in capsys.readouterr().err
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    assert main(["inspect", str(tmp_path / "dense")]) == 1
+    assert "'gpt2' is not supported" in capsys.readouterr().err
+
+
+def test_weights_of_several_dtypes_are_named_by_the_widest(tmp_path, capsys):
+    model = Auto.from_config(LlamaConfig(**TINY)).to(torch.bfloat16)
+    model.model.norm.float()
+    model.save_pretrained(tmp_path / "mixed")
+    assert inspect(capsys, tmp_path / "mixed")["dtype"] == "float32"
