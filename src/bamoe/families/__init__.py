@@ -18,7 +18,7 @@ SUPPORTED: dict[str, DenseFamily] = {family.model_type: family for family in (LL
 def family_of(config: dict[str, Any]) -> DenseFamily:
     """The family of a config.json. Raises CompatibilityError that lists the supported ones."""
     model_type = config.get("model_type")
-    if model_type not in SUPPORTED:
+    if not isinstance(model_type, str) or model_type not in SUPPORTED:
         raise CompatibilityError(
             f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(SUPPORTED))}"
         )

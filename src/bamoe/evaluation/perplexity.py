@@ -1,0 +1,206 @@
+"""Perplexity and bits per byte of a language model, per domain, and what its routers did there.
+
+A domain's documents are joined, each ended by EOS, and cut into blocks of `sequence_length`. The last token of a block
+is the target of its last position, so every token but the very first is scored exactly once, with the tokens of its
+own block before it as context. Nothing is padded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from bamoe.checkpoints.loading import load_model, load_tokenizer
+from bamoe.data.corpora import Corpus
+from bamoe.data.tokens import TokenStream, read_tokens
+from bamoe.errors import ConfigError, DataError
+from bamoe.evaluation.routing import LayerRouting, is_mixture, router_statistics, update_statistics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_SEQUENCE_LENGTH = 1024
+DEFAULT_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class DomainScore:
+    """How well a model predicts one text; `tokens` are those scored, log perplexity is in nats per token."""
+
+    perplexity: float
+    log_perplexity: float
+    bits_per_byte: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores per domain, their means, and `routing[kind][domain][layer]` (None for a dense model).
+
+    average_perplexity is the arithmetic mean of the domains' perplexities, as in the BAM paper's table 1.
+    """
+
+    domains: dict[str, DomainScore]
+    average_perplexity: float
+    average_log_perplexity: float
+    sequence_length: int
+    routing: dict[str, dict[str, list[LayerRouting]]] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+def evaluate(
+    model: PreTrainedModel | str | Path,
+    data: dict[str, str | Path],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    sequence_length: int | None = None,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    max_tokens: int | None = None,
+    document_mask: bool | None = None,
+    text_field: str = "text",
+) -> Evaluation:
+    """Score a model on texts.
+
+    Args:
+        model: a directory (its tokenizer is used, on a GPU if there is one), or a loaded model with `tokenizer`.
+        data: a file, folder or hub data set for each domain.
+        sequence_length: tokens of context at most; by default what the model was trained with here, else 1024 or
+            the model's maximum where that is less.
+        batch_tokens: tokens of one forward pass, at least one block.
+        max_tokens: score only the first so many tokens of each domain.
+        document_mask: documents do not see each other, and a document's first token is not scored; by default as the
+            model was trained here, else false.
+        text_field: the column with the documents.
+
+    Raises:
+        BamoeError: a model, corpus or length that cannot be used.
+    """
+    if not data:
+        raise ConfigError("nothing to evaluate on: give at least one domain")
+    recorded: dict[str, Any] = {}
+    if isinstance(model, str | Path):
+        recorded = _training_config(Path(model).expanduser())
+        tokenizer = tokenizer or load_tokenizer(model)
+        model = load_model(model, dtype="auto" if torch.cuda.is_available() else "float32")
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if tokenizer is None:
+        raise ConfigError("a model object needs its tokenizer: evaluate(model, data, tokenizer=...)")
+    longest = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQUENCE_LENGTH
+    sequence_length = sequence_length or recorded.get("sequence_length") or min(DEFAULT_SEQUENCE_LENGTH, longest)
+    if not 1 <= sequence_length <= longest:
+        raise ConfigError(
+            f"sequence_length must be between 1 and the model's maximum of {longest}, found {sequence_length}"
+        )
+    streams = [
+        read_tokens(Corpus(name=name, path=str(path), text_field=text_field), tokenizer, count_bytes=True)
+        for name, path in data.items()
+    ]
+    if document_mask is None:
+        document_mask = bool(recorded.get("document_mask", False))
+    return evaluate_streams(model, streams, sequence_length, batch_tokens, max_tokens, document_mask)
+
+
+@torch.no_grad()
+def evaluate_streams(
+    model: PreTrainedModel,
+    streams: list[TokenStream],
+    sequence_length: int,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    max_tokens: int | None = None,
+    document_mask: bool = False,
+) -> Evaluation:
+    """Score a loaded model on streams read with `count_bytes`; see `evaluate`. The model's mode is left as it was."""
+    was_training = model.training
+    model.eval()
+    domains: dict[str, DomainScore] = {}
+    routing: dict[str, dict[str, list[LayerRouting]]] = {}
+    for stream in streams:
+        statistics = router_statistics(model.config) if is_mixture(model.config) else {}
+        domains[stream.name] = _score(
+            model, stream, sequence_length, batch_tokens, max_tokens, document_mask, statistics
+        )
+        for kind, counted in statistics.items():
+            if layers := counted.layers():
+                routing.setdefault(kind, {})[stream.name] = layers
+    model.train(was_training)
+    return Evaluation(
+        domains=domains,
+        average_perplexity=float(np.mean([score.perplexity for score in domains.values()])),
+        average_log_perplexity=float(np.mean([score.log_perplexity for score in domains.values()])),
+        sequence_length=sequence_length,
+        routing=routing or None,
+    )
+
+
+def _score(
+    model: PreTrainedModel,
+    stream: TokenStream,
+    sequence_length: int,
+    batch_tokens: int,
+    max_tokens: int | None,
+    document_mask: bool,
+    statistics: dict[str, Any],
+) -> DomainScore:
+    nats, tokens, num_bytes = 0.0, 0, 0
+    for start, stop, rows in _batches(stream, sequence_length, batch_tokens, max_tokens):
+        ids = torch.from_numpy(stream.tokens(start, stop)).to(model.device)
+        inputs, targets = ids[:-1].view(rows, -1), ids[1:].view(rows, -1)
+        arguments: dict[str, Any] = {"output_router_logits": True} if statistics else {}
+        scored = np.ones(stop - start - 1, dtype=bool)
+        if document_mask:
+            length = inputs.shape[1]
+            positions = np.stack([stream.positions(row, row + length) for row in range(start, stop - 1, length)])
+            arguments["position_ids"] = torch.from_numpy(positions).to(model.device)
+            scored = ~np.isin(np.arange(start + 1, stop), stream.document_starts)
+        outputs = model(inputs, use_cache=False, **arguments)
+        losses = F.cross_entropy(outputs.logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        mask = torch.from_numpy(scored).to(losses.device)
+        nats += float(losses.double()[mask].sum())
+        tokens += int(scored.sum())
+        num_bytes += int(stream.bytes_per_token(start + 1, stop)[scored].sum())
+        update_statistics(statistics, outputs)
+    if num_bytes == 0:
+        raise DataError(f"corpus {stream.name!r} is too short to score: the first token of a text has no context")
+    log_perplexity = nats / tokens
+    return DomainScore(
+        perplexity=math.exp(log_perplexity) if log_perplexity < 700 else math.inf,
+        log_perplexity=log_perplexity,
+        bits_per_byte=nats / math.log(2) / num_bytes,
+        tokens=tokens,
+    )
+
+
+def _batches(
+    stream: TokenStream, sequence_length: int, batch_tokens: int, max_tokens: int | None
+) -> Iterator[tuple[int, int, int]]:
+    """Token ranges [start, stop) and their rows: as many whole blocks as fit, then the rest as one shorter block.
+
+    Ranges overlap by one token, the last target of one being the first input of the next.
+    """
+    last = len(stream) - 1 if max_tokens is None else min(len(stream) - 1, max_tokens)
+    start = 0
+    while start < last:
+        rows = min(max(1, batch_tokens // sequence_length), (last - start) // sequence_length)
+        stop = min(start + max(1, rows) * sequence_length, last)
+        yield start, stop + 1, max(1, rows)
+        start = stop
+
+
+def _training_config(directory: Path) -> dict[str, Any]:
+    """What `bamoe train` recorded beside the model, if it did."""
+    try:
+        content = json.loads((directory / "training_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,100 @@
+"""Routing statistics against counts made one token at a time."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from bamoe.checkpoints.loading import load_model
+from bamoe.evaluation import evaluate
+from bamoe.evaluation.routing import RouterStatistics
+from tests.training.tiny import corpus, mixture, tokenizer
+
+
+def naive(logits: torch.Tensor, top_k: int | None, normalize: bool) -> dict[str, list[float] | float]:
+    """One layer's (N, E) logits, counted token by token."""
+    experts = logits.shape[-1]
+    load, gate, probability, entropy = [0.0] * experts, [0.0] * experts, [0.0] * experts, 0.0
+    for row in logits.double():
+        p = row.softmax(-1).tolist()
+        chosen = sorted(range(experts), key=lambda expert: -p[expert])[: top_k or experts]
+        total = sum(p[expert] for expert in chosen) if normalize else 1.0
+        for expert in range(experts):
+            probability[expert] += p[expert]
+            entropy -= p[expert] * math.log(p[expert])
+            if expert in chosen:
+                gate[expert] += p[expert] / total
+                load[expert] += p[expert] if top_k is None else 1 / top_k
+    n = len(logits)
+    load = [value / n for value in load]
+    return {
+        "load": load,
+        "probability": [value / n for value in probability],
+        "gate": [value / n for value in gate],
+        "load_entropy": -sum(value * math.log(value) for value in load if value),
+        "token_entropy": entropy / n,
+    }
+
+
+@pytest.mark.parametrize("top_k", [1, 2, None])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_agrees_with_counting(top_k: int | None, normalize: bool) -> None:
+    logits = [3 * torch.randn(50, 4) + torch.arange(4.0), torch.randn(50, 4)]
+    statistics = RouterStatistics(top_k, normalize)
+    statistics.update([layer[:20] for layer in logits])
+    statistics.update([layer[20:] for layer in logits])
+    for layer, measured in zip(logits, statistics.layers(), strict=True):
+        for name, value in naive(layer, top_k, normalize).items():
+            assert getattr(measured, name) == pytest.approx(value, abs=1e-6), name
+
+
+def test_uniform_and_collapsed_routers() -> None:
+    statistics = RouterStatistics(top_k=1)
+    statistics.update([20 * torch.eye(4), torch.tensor([[9.0, 0, 0, 0]] * 4)])
+    uniform, collapsed = statistics.layers()
+    assert uniform.load == [0.25] * 4
+    assert uniform.load_entropy == pytest.approx(math.log(4))
+    assert uniform.token_entropy == pytest.approx(0, abs=1e-5)
+    assert collapsed.load == [1, 0, 0, 0]
+    assert collapsed.load_entropy == 0
+
+
+def test_evaluation_reports_every_layer_and_domain(tmp_path: Path) -> None:
+    directory = mixture(
+        tmp_path / "model",
+        initializer_range=0.5,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        attention_routing="top_k",
+        num_attention_experts_per_tok=1,
+    )
+    data = {name: corpus(tmp_path / f"{name}.jsonl", name, documents=6) for name in ("sea", "code")}
+    routing = evaluate(directory, data, sequence_length=16, batch_tokens=32).routing
+    assert routing is not None
+    model = load_model(directory)
+    for name, path in data.items():
+        texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+        ids = [token for text in texts for token in [*tokenizer()(text)["input_ids"], 0]]
+        recorded: dict[str, list[list[torch.Tensor]]] = {"feed_forward": [], "attention": []}
+        for start in range(0, len(ids) - 1, 16):
+            with torch.no_grad():
+                block = torch.tensor([ids[start : min(start + 16, len(ids) - 1)]])
+                output = model(block, output_router_logits=True)
+            recorded["feed_forward"].append(output.router_logits)
+            recorded["attention"].append(output.attention_router_logits)
+        for kind, top_k, normalize in (("feed_forward", 2, True), ("attention", 1, False)):
+            assert len(routing[kind][name]) == 2
+            for layer in range(2):
+                logits = torch.cat([block[layer] for block in recorded[kind]])
+                assert len(logits) == len(ids) - 1
+                for key, value in naive(logits, top_k, normalize).items():
+                    assert getattr(routing[kind][name][layer], key) == pytest.approx(value, abs=1e-5), key
+
+
+def test_one_attention_expert_has_no_attention_routing(tmp_path: Path) -> None:
+    directory = mixture(tmp_path / "btx", num_attention_experts=1, num_attention_heads=4, num_key_value_heads=2)
+    routing = evaluate(directory, {"sea": corpus(tmp_path / "sea.jsonl", "sea")}, sequence_length=16).routing
+    assert routing is not None
+    assert list(routing) == ["feed_forward"]
