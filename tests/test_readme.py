@@ -70,7 +70,13 @@ def test_the_commands_work_as_written(workplace):
             continue  # the suite runs in an environment made by it
         command = ["bash", "-ec", text] if language == "bash" else [sys.executable, "-c", text]
         done = subprocess.run(
-            command, cwd=workplace, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
+            command,
+            cwd=workplace,
+            env=environment,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=300,
         )
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
         ran.append(done.stdout)

@@ -75,7 +75,9 @@ def test_flops_split_of_the_paper():
 
 @pytest.mark.parametrize(
     ("key_value", "qk_norm", "parallel", "tied", "biases"),
-    list(itertools.product(("experts", "shared"), (None, "expert", "head"), (True, False), (True, False), (True, False))),
+    list(
+        itertools.product(("experts", "shared"), (None, "expert", "head"), (True, False), (True, False), (True, False))
+    ),
 )
 def test_closed_form_counts_every_parameter(key_value, qk_norm, parallel, tied, biases):
     config = tiny_config(
@@ -103,7 +105,9 @@ def test_flops_agree_with_the_profiler(key_value, window):
     core = 2 * 2 * 2 * config.num_attention_heads * config.head_dim * (length / 2)
     attended = length / 2 if window is None else window - window**2 / (2 * length)
     expected = flops.total + 2 * core - core * attended / (length / 2)
-    assert counter.get_total_flops() / length == pytest.approx(expected, rel=2e-4)  # transformers 5.17 rotates by a small product
+    assert counter.get_total_flops() / length == pytest.approx(
+        expected, rel=2e-4
+    )  # transformers 5.17 rotates by a small product
 
 
 def test_active_parameters_leave_out_what_is_not_selected():

@@ -65,7 +65,9 @@ def test_output_scale_of_the_experts_count_keeps_the_function_of_identical_exper
         mixture.experts.down_proj[:] = mixture.experts.down_proj[0].clone()
     hidden_states = torch.randn(1, 4, 32)
     gate, up = F.linear(hidden_states, mixture.experts.gate_up_proj[0]).chunk(2, -1)
-    assert torch.allclose(mixture(hidden_states)[0], F.linear(F.silu(gate) * up, mixture.experts.down_proj[0]), atol=1e-6)
+    assert torch.allclose(
+        mixture(hidden_states)[0], F.linear(F.silu(gate) * up, mixture.experts.down_proj[0]), atol=1e-6
+    )
 
 
 @pytest.fixture

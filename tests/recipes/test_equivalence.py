@@ -47,7 +47,11 @@ LLAMA3_ROPE = {
 }
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
-    "llama, biases, llama3 rope": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "rope_parameters": LLAMA3_ROPE}),
+    "llama, biases, llama3 rope": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"attention_bias": True, "rope_parameters": LLAMA3_ROPE},
+    ),
     "llama, tied, wide heads": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True, "head_dim": 16}),
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
     "mistral, sliding window": (MistralForCausalLM, MistralConfig, {"sliding_window": 5}),
@@ -131,7 +135,9 @@ def test_mixture_equals_the_dense_models_run_expert_by_expert(tmp_path, family, 
 
     routers = [p for name, p in mixture.named_parameters() if "gate.weight" in name]
     direction = torch.randn_like(logits)
-    ours = torch.autograd.grad((logits * direction).sum(), [inputs, *routers, mixture.model.layers[0].mlp.experts.down_proj])
+    ours = torch.autograd.grad(
+        (logits * direction).sum(), [inputs, *routers, mixture.model.layers[0].mlp.experts.down_proj]
+    )
     downs = [layer.mlp.down_proj.weight for layer in reference.layers[0]]
     theirs = list(torch.autograd.grad((expected * direction).sum(), [inputs, *routers, *downs]))
     theirs[-3:] = [torch.stack(theirs[-3:])]
@@ -139,7 +145,9 @@ def test_mixture_equals_the_dense_models_run_expert_by_expert(tmp_path, family, 
         assert relative_error(mine, other) < 1e-4
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES.values(), {"recipe": "sparse", "num_experts": 3}], ids=[*RECIPES, "sparse"])
+@pytest.mark.parametrize(
+    "recipe", [*RECIPES.values(), {"recipe": "sparse", "num_experts": 3}], ids=[*RECIPES, "sparse"]
+)
 @pytest.mark.parametrize("family", ["llama, biases, llama3 rope", "qwen3", "cohere, q/k norms, biases"])
 def test_identical_copies_with_renormalised_gates_are_the_dense_model(tmp_path, family, recipe):
     dense = dense_model(family, 0)
