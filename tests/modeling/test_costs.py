@@ -11,7 +11,7 @@ from tests.modeling.conftest import random_tokens, tiny_config
 
 
 def paper_small(attention_experts: int, key_value: str, experts: int = 4, top_k: int = 1) -> BamoeConfig:
-    """BAM's 590M model (arXiv 2408.08274, appendix): its FFN dimension counts gate and up, so the inner size is 2048."""
+    """BAM's 590M model (arXiv 2408.08274): its FFN dimension counts gate and up, so the inner size is 2048."""
     return BamoeConfig(
         vocab_size=256_000,
         hidden_size=1024,
