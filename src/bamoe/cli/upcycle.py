@@ -117,10 +117,12 @@ def _print_plan(build: Build, needs: Estimate, out: Path) -> None:
     console = Console()
     config = Table("field", "value", title=f"{build.recipe.recipe} mixture", title_justify="left")
     for name, value in build.config.to_diff_dict().items():
-        config.add_row(name, str(value))
+        if name not in ("auto_map", "transformers_version"):
+            config.add_row(name, str(value))
     console.print(config)
 
-    plan = Table("tensors", title="plan", title_justify="left")
+    plan = Table(title="plan", title_justify="left")
+    plan.add_column("tensors", overflow="fold")
     for heading in ("shape", "size"):
         plan.add_column(heading, justify="right")
     plan.add_column("made by", overflow="fold")

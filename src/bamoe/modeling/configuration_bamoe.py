@@ -157,7 +157,7 @@ class BamoeConfig(PreTrainedConfig):
         known = [field.name for field in fields(self)]
         for key in kwargs:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-            if close and not key.startswith("_"):
+            if close and not key.startswith("_") and not key.endswith("_token_id"):
                 raise ValueError(f"BamoeConfig has no {key!r}; did you mean {close[0]!r}?")
 
     def _validate(self) -> None:
