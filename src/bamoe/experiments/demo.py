@@ -129,6 +129,7 @@ def run_demo(
     out: str | Path,
     settings: DemoSettings | None = None,
     *,
+    corpora: str | Path | None = None,
     workers: int | None = None,
     force: bool = False,
     listener: Listener = lambda event, step, seconds: None,
@@ -139,6 +140,7 @@ def run_demo(
     and model. The same call goes on with an interrupted demo.
 
     Args:
+        corpora: a folder of other text to read, with NAME.train.jsonl and NAME.valid.jsonl for each domain.
         workers: processes; by default one per core, at most as many as there are rows to train at once. 0 trains in
             this process.
         force: start again, deleting what an earlier demo left in `out`.
@@ -154,7 +156,8 @@ def run_demo(
     out, settings = Path(out).expanduser().absolute(), settings or DemoSettings()
     rows = demo_rows(settings)
     _claim(out, settings, rows, force)
-    steps = [*_first_steps(out, settings), *_row_steps(out, settings, rows), _sample_step(out, settings)]
+    source = None if corpora is None else Path(corpora).expanduser().absolute()
+    steps = [*_first_steps(out, settings, source), *_row_steps(out, settings, rows), _sample_step(out, settings)]
     workers = min(_cores(), len(BRANCHES) + 2) if workers is None else workers
     return write_results(out, settings, rows, run_steps(steps, out / _STEPS, workers=workers, listener=listener))
 
@@ -188,9 +191,13 @@ def _claim(out: Path, settings: DemoSettings, rows: list[Row], force: bool) -> N
     marker.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
 
 
-def _first_steps(out: Path, settings: DemoSettings) -> list[Step]:
+def _first_steps(out: Path, settings: DemoSettings, source: Path | None) -> list[Step]:
     data, untrained = out / "data", out / "untrained"
-    corpora = {"directory": str(data), "seed": settings.seed, "max_characters": settings.corpus_characters}
+    corpora: dict[str, Any] = {"directory": str(data)}
+    if source is None:
+        corpora |= {"seed": settings.seed, "max_characters": settings.corpus_characters}
+    else:
+        corpora |= {"source": str(source)}
     shape = {
         key: getattr(settings, key)
         for key in (
@@ -199,7 +206,7 @@ def _first_steps(out: Path, settings: DemoSettings) -> list[Step]:
         )
     }
     return [
-        Step("data", write_corpora, corpora, makes=[data]),
+        Step("data", write_corpora if source is None else take_corpora, corpora, makes=[data]),
         Step(
             "untrained",
             make_untrained,
@@ -329,6 +336,13 @@ def write_corpora(directory: str, seed: int, max_characters: int) -> dict[str, A
     from bamoe.data.builtin import describe, write_builtin_corpora
 
     return describe(write_builtin_corpora(directory, seed, max_characters))
+
+
+def take_corpora(source: str, directory: str) -> dict[str, Any]:
+    """Copy the corpora of a folder; returns sizes and hashes."""
+    from bamoe.data.builtin import copy_corpora, describe
+
+    return describe(copy_corpora(source, directory))
 
 
 def make_untrained(data: str, shares: dict[str, float], out: str, **shape: int) -> dict[str, Any]:

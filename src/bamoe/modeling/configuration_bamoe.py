@@ -216,4 +216,14 @@ class BamoeConfig(PreTrainedConfig):
             raise ValueError(f"{selected} must be between 1 and {experts} ({count}), found {k!r}")
 
 
-__all__ = ["BamoeConfig"]
+def task_blind_message(router: str) -> str:
+    """Why a top-1 renormalised router learns nothing, and what to choose instead."""
+    scale = "routed_scaling_factor = number of experts" if router == "mlp.gate" else "soft routing"
+    return (
+        f"{router}: with one expert per token and renormalised gates every gate is 1, so the task gives this router no "
+        f"gradient. Use true probabilities (no renormalisation), which with {scale} keeps the function of identical "
+        "experts, or select two experts."
+    )
+
+
+__all__ = ["AUTO_MAP", "BamoeConfig", "task_blind_message"]

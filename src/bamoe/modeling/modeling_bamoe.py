@@ -26,7 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import HeadNorm, MixtureOfAttention
-from .configuration_bamoe import BamoeConfig
+from .configuration_bamoe import BamoeConfig, task_blind_message
 
 # transformers lets a model choose its experts backend only if its file has the text "@use_experts_implementation".
 from .feed_forward import FeedForwardExperts, MixtureOfFeedForward
@@ -373,16 +373,6 @@ class BamoeForCausalLM(BamoePreTrainedModel, GenerationMixin):
             return
         if any(weight.requires_grad for name, weight in self.named_parameters() if f"{router}.weight" in name):
             raise ValueError(task_blind_message(router) + " To train the rest, freeze these routers.")
-
-
-def task_blind_message(router: str) -> str:
-    """Why a top-1 renormalised router learns nothing, and what to choose instead."""
-    scale = "routed_scaling_factor = number of experts" if router == "mlp.gate" else "soft routing"
-    return (
-        f"{router}: with one expert per token and renormalised gates every gate is 1, so the task gives this router no "
-        f"gradient. Use true probabilities (no renormalisation), which with {scale} keeps the function of identical "
-        "experts, or select two experts."
-    )
 
 
 # Checkpoints with one tensor per expert, as older mixtures have them, are read too.

@@ -10,7 +10,7 @@ from typing import Any
 
 # Okabe and Ito's palette, without its yellow, which a white page swallows; the line styles say the same again.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
-_STYLES: tuple[Any, ...] = ("-", "--", "-.", (0, (5, 1)), ":", (0, (3, 1, 1, 1, 1, 1)), (0, (1, 2)))
+_STYLES: tuple[Any, ...] = (":", "--", "-.", (0, (5, 1)), "-", (0, (3, 1, 1, 1, 1, 1)), (0, (1, 2)))
 _FAINT, _FAINT_TEXT = "#A6A6A6", "#666666"
 
 

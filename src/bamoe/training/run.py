@@ -147,7 +147,7 @@ def _check_model(config: TrainConfig, model_config: PreTrainedConfig) -> None:
             f"sequence_length ({config.sequence_length}) is more than the {longest} positions of {config.model}"
         )
     if router := getattr(model_config, "has_task_blind_router", None):
-        from bamoe.modeling.modeling_bamoe import task_blind_message
+        from bamoe.modeling.configuration_bamoe import task_blind_message
 
         raise ConfigError(f"{config.model} cannot be trained: {task_blind_message(router)}")
     coefficients = [
