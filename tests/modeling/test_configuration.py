@@ -8,6 +8,9 @@ from tests.modeling.conftest import tiny_config
     ("changes", "message"),
     [
         ({"num_expert": 4}, "did you mean 'num_experts'"),
+        ({"num_local_experts": 4}, "did you mean 'num_experts'"),
+        ({"layer_norm_eps": 1e-5}, "did you mean 'norm_eps'"),
+        ({"pad_token_id": 64}, "pad_token_id 64 is not among the 64 tokens"),
         ({"attention_routing": "hard"}, "attention_routing must be one of"),
         ({"norm_type": "batch"}, "norm_type must be one of"),
         ({"num_experts_per_tok": 4}, r"between 1 and num_experts \(3\), found 4"),

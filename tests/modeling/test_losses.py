@@ -208,3 +208,41 @@ def test_the_task_alone_trains_routers_with_true_probabilities():
     tokens = random_tokens()
     model(tokens, labels=tokens).loss.backward()
     assert model.model.layers[0].mlp.gate.weight.grad.abs().max() > 1e-4
+
+
+def test_both_kinds_of_blind_routers_are_seen():
+    blind = TOP_1_RENORMALISED | {
+        "attention_routing": "top_k",
+        "num_attention_experts_per_tok": 1,
+        "attention_norm_topk_prob": True,
+    }
+    with pytest.warns(UserWarning, match=r"mlp\.gate and self_attn\.gate"):
+        model = tiny_model(**blind).train()
+    tokens = random_tokens()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("mlp.gate" not in name)
+    with pytest.raises(ValueError, match=r"^self_attn\.gate: "):
+        model(tokens, labels=tokens)
+
+
+@pytest.mark.parametrize("adapter", [{"modules_to_save": ["mlp.gate"]}, {"target_parameters": ["mlp.gate.weight"]}])
+def test_a_blind_router_that_an_adapter_trains_is_refused(adapter):
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.warns(UserWarning, match="every gate is 1"):
+        model = tiny_model(**TOP_1_RENORMALISED)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], **adapter)).train()
+    tokens = random_tokens()
+    with pytest.raises(ValueError, match=r"mlp\.gate"):
+        adapted(input_ids=tokens, labels=tokens)
+
+
+def test_a_loss_of_ones_own_can_ask_for_the_router_losses():
+    model = tiny_model().train()
+    tokens = random_tokens()
+    with_labels = model(tokens, labels=tokens)
+    own = model(tokens, output_router_logits=True)
+    assert own.loss is None
+    assert torch.equal(own.aux_loss, with_labels.aux_loss)
+    assert torch.equal(own.z_loss, with_labels.z_loss)
+    assert own.aux_loss.requires_grad

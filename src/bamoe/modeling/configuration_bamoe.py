@@ -1,6 +1,7 @@
 """The configuration of a BAM mixture: what a dense decoder is, plus how its experts are laid out and routed."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -10,6 +11,22 @@ AUTO_MAP = {
     "AutoConfig": "configuration_bamoe.BamoeConfig",
     "AutoModel": "modeling_bamoe.BamoeModel",
     "AutoModelForCausalLM": "modeling_bamoe.BamoeForCausalLM",
+}
+
+_NAMES_ELSEWHERE = {
+    "num_local_experts": "num_experts",
+    "n_routed_experts": "num_experts",
+    "moe_num_experts": "num_experts",
+    "moe_intermediate_size": "intermediate_size",
+    "moe_top_k": "num_experts_per_tok",
+    "top_k_experts": "num_experts_per_tok",
+    "num_kv_heads": "num_key_value_heads",
+    "layer_norm_eps": "norm_eps",
+    "layernorm_epsilon": "norm_eps",
+    "aux_loss_coef": "router_aux_loss_coef",
+    "z_loss_coef": "router_z_loss_coef",
+    "norm_topk": "norm_topk_prob",
+    "use_qk_norm": "qk_norm",
 }
 
 
@@ -139,26 +156,26 @@ class BamoeConfig(PreTrainedConfig):
         return 1 if self.attention_key_value == "shared" else self.num_attention_experts
 
     @property
-    def has_task_blind_router(self) -> str | None:
-        """The router whose gates are always 1 (top-1, renormalised), so that the task loss cannot train it."""
-        if (
-            self.norm_topk_prob
-            and self.feed_forward_routing == "top_k"
-            and self.num_experts_per_tok == 1 < self.num_experts
-        ):
-            return "mlp.gate"
-        attention_top_1 = self.attention_routing == "top_k" and self.num_attention_experts_per_tok == 1
-        if self.attention_norm_topk_prob and attention_top_1 and self.num_attention_experts > 1:
-            return "self_attn.gate"
-        return None
+    def task_blind_routers(self) -> tuple[str, ...]:
+        """Routers whose gates are always 1 (top-1, renormalised), so that the task loss cannot train them."""
+        feed_forward = self.norm_topk_prob and self.num_experts_per_tok == 1 < self.num_experts
+        attention = (
+            self.attention_norm_topk_prob and self.num_attention_experts_per_tok == 1 < self.num_attention_experts
+        )
+        return ("mlp.gate",) * feed_forward + ("self_attn.gate",) * attention
 
     def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
-        # transformers turns unknown keywords into attributes, so a typo would silently keep the default.
+        # transformers turns unknown keywords into attributes, so a typo, or another architecture's name for the same
+        # thing, would silently keep the default.
         known = [field.name for field in fields(self)]
         for key in kwargs:
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-            if close and not key.startswith("_") and not key.endswith("_token_id"):
-                raise ValueError(f"BamoeConfig has no {key!r}; did you mean {close[0]!r}?")
+            if key.startswith("_") or key.endswith("_token_id"):
+                continue
+            meant = _NAMES_ELSEWHERE.get(key) or next(
+                iter(difflib.get_close_matches(key, known, n=1, cutoff=0.8)), None
+            )
+            if meant is not None:
+                raise ValueError(f"BamoeConfig has no {key!r}; did you mean {meant!r}?")
 
     def _validate(self) -> None:
         choices = {
@@ -179,6 +196,8 @@ class BamoeConfig(PreTrainedConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, found {value!r}")
+        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id {self.pad_token_id} is not among the {self.vocab_size} tokens")
         self._validate_heads()
         self._validate_routing("feed_forward_routing", "num_experts_per_tok", "num_experts")
         self._validate_routing("attention_routing", "num_attention_experts_per_tok", "num_attention_experts")
@@ -216,13 +235,13 @@ class BamoeConfig(PreTrainedConfig):
             raise ValueError(f"{selected} must be between 1 and {experts} ({count}), found {k!r}")
 
 
-def task_blind_message(router: str) -> str:
-    """Why a top-1 renormalised router learns nothing, and what to choose instead."""
-    scale = "routed_scaling_factor = number of experts" if router == "mlp.gate" else "soft routing"
+def task_blind_message(routers: Sequence[str]) -> str:
+    """Why top-1 renormalised routers learn nothing, and what to choose instead."""
+    scale = "soft routing" if "self_attn.gate" in routers else "routed_scaling_factor = number of experts"
     return (
-        f"{router}: with one expert per token and renormalised gates every gate is 1, so the task gives this router no "
-        f"gradient. Use true probabilities (no renormalisation), which with {scale} keeps the function of identical "
-        "experts, or select two experts."
+        f"{' and '.join(routers)}: with one expert per token and renormalised gates every gate is 1, so the task gives "
+        f"the router no gradient. Use true probabilities (no renormalisation), which with {scale} keeps the function "
+        "of identical experts, or select two experts."
     )
 
 

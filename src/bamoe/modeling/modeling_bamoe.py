@@ -153,8 +153,8 @@ class BamoeModel(BamoePreTrainedModel):
 
     def __init__(self, config: BamoeConfig):
         super().__init__(config)
-        if config.has_task_blind_router is not None:
-            warnings.warn(task_blind_message(config.has_task_blind_router), stacklevel=2)
+        if config.task_blind_routers:
+            warnings.warn(task_blind_message(config.task_blind_routers), stacklevel=2)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([BamoeDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = block_norm(config)
@@ -228,7 +228,8 @@ class BamoeModel(BamoePreTrainedModel):
         if isinstance(attention_mask, dict):  # generate() with a static cache makes them itself
             return attention_mask
         # With nothing cached yet, a growing cache changes no size; without it, restarting positions are respected.
-        prefill = isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() == 0
+        fresh = isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() == 0
+        prefill = fresh and attention_mask is None
         arguments = {
             "config": self.config,
             "inputs_embeds": inputs_embeds,
@@ -270,7 +271,9 @@ class BamoeForCausalLM(BamoePreTrainedModel, GenerationMixin):
         """Predict the next tokens of input_ids (B, T); with `labels` (B, T) also the loss.
 
         While training, the loss is cross-entropy + router_aux_loss_coef · load balance + router_z_loss_coef · z; in
-        evaluation mode it is the cross-entropy alone. Routers that run all their experts need no such losses.
+        evaluation mode it is the cross-entropy alone. Routers that run all their experts need no such losses. A loss
+        of your own (no `labels`; label smoothing in `Trainer` too) has none of it: ask for `output_router_logits` and
+        add `aux_loss` and `z_loss` of the output.
 
         Raises:
             ValueError: training a router whose gate is always 1 (top-1, renormalised): the task cannot train it.
@@ -295,7 +298,7 @@ class BamoeForCausalLM(BamoePreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept]) * self.config.logit_scale
 
         loss, losses = None, None
-        if training or (output_router_logits and not self.training):
+        if training or output_router_logits:
             losses = self._router_losses(outputs, attention_mask, self._group() if training else None)
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
@@ -368,11 +371,15 @@ class BamoeForCausalLM(BamoePreTrainedModel, GenerationMixin):
         return None if alone or (self._tp_size or 1) > 1 else dist.group.WORLD
 
     def _refuse_task_blind_router(self) -> None:
-        router = self.config.has_task_blind_router
-        if router is None:
-            return
-        if any(weight.requires_grad for name, weight in self.named_parameters() if f"{router}.weight" in name):
-            raise ValueError(task_blind_message(router) + " To train the rest, freeze these routers.")
+        # By module, not by parameter: adapters train a router under names of their own.
+        training = {
+            router
+            for router in self.config.task_blind_routers
+            for name, parameter in self.named_parameters()
+            if f"{router}." in name and parameter.requires_grad
+        }
+        if training:
+            raise ValueError(task_blind_message(sorted(training)) + " To train the rest, freeze these routers.")
 
 
 # Checkpoints with one tensor per expert, as older mixtures have them, are read too.
