@@ -95,6 +95,7 @@ raise SystemExit(main(["upcycle", "recipe.yaml", "out"]))
 """
     done = run(interrupted)
     assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert "interrupted" in done.stderr
 
 
 def test_a_bug_keeps_its_traceback():

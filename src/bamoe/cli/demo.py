@@ -20,7 +20,9 @@ def demo(
         typer.Argument(metavar="[OUT]", help="A folder for everything. [default: bamoe-demo, or bamoe-demo-quick]"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="All steps on very little text, in two minutes.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the text, the weights and the order of training.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=10**9, metavar="N", help="Of the text, the weights and the order of training.")
+    ] = 0,
     force: Annotated[bool, typer.Option("--force", help="Delete an earlier demo in OUT and start again.")] = False,
 ) -> None:
     """Branch, train, mix: a seed, three experts, BTX and BAM, trained here in about ten minutes and compared.

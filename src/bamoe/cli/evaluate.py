@@ -32,7 +32,7 @@ def evaluate(
 
     result = score(model, domains, sequence_length=sequence_length, max_tokens=max_tokens, text_field=text_field)
     if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=2))
+        typer.echo(json.dumps(result.to_dict(), indent=2, allow_nan=False))
     else:
         _print_tables(result)
 

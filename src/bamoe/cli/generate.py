@@ -21,7 +21,7 @@ def generate(
         float | None, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest of this mass.")
     ] = None,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams of a beam search.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampling.")] = 0,
 ) -> None:
     """Continue a prompt: greedily, or by sampling as soon as a temperature, top-k or top-p is given."""
     sampling = {
@@ -31,13 +31,18 @@ def generate(
     }
     if temperature == 0 and len(sampling) > 1:
         raise ConfigError("--temperature 0 is greedy: leave --top-k and --top-p out")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:  # the shell passed on bytes that are no UTF-8
+        raise ConfigError(f"the prompt is not UTF-8 text: {error}") from error
 
     import torch
 
-    from bamoe.checkpoints.loading import load_model, load_tokenizer
+    from bamoe.checkpoints.loading import check_vocabulary, load_config, load_model, load_tokenizer
 
     on_gpu = torch.cuda.is_available()
     tokenizer = load_tokenizer(model)
+    check_vocabulary(tokenizer, load_config(model))
     network: Any = load_model(model, dtype="auto" if on_gpu else "float32").to("cuda" if on_gpu else "cpu")
     tokens = tokenizer(prompt)["input_ids"]
     if not tokens:

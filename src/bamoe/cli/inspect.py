@@ -47,7 +47,8 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         *_expert_rows(found["experts"]),
         ("parameters, total", f"{parameters['total']:,}"),
         ("parameters, active per token", f"{parameters['active']:,}"),
-        *((f"FLOPs per token, {part} (context {found['context']:,})", f"{flops[part]:,}") for part in flops),
+        ("context for the FLOPs", f"{found['context']:,} tokens"),
+        *((f"FLOPs per token, {part.replace('_', '-')}", f"{flops[part]:,}") for part in flops),
         (f"KV cache per token ({found['dtype']})", f"{found['kv_cache_bytes_per_token']:,} bytes"),
         *_provenance_rows(found["provenance"]),
     ]
@@ -57,12 +58,10 @@ def _expert_rows(experts: dict[str, Any] | None) -> list[tuple[str, str]]:
     if experts is None:
         return [("experts", "none: a dense model")]
     attention, feed_forward = experts["attention"], experts["feed_forward"]
-    keys = "one" if attention["total"] == 1 else f"keys and values: {attention['key_value']}"
+    keys = f"keys and values: {attention['key_value']}"
+    routed = f"{attention['total']}, {attention['per_token']} per token ({attention['routing']}; {keys})"
     return [
-        (
-            "attention experts",
-            f"{attention['total']}, {attention['per_token']} per token ({attention['routing']}; {keys})",
-        ),
+        ("attention", "one, shared by all experts") if attention["total"] == 1 else ("attention experts", routed),
         (
             "feed-forward experts",
             f"{feed_forward['total']}, {feed_forward['per_token']} per token ({feed_forward['routing']})",
@@ -71,4 +70,14 @@ def _expert_rows(experts: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def _provenance_rows(provenance: Any) -> list[tuple[str, str]]:
-    return [("provenance", "not recorded" if provenance is None else "recorded: --json shows it")]
+    if not isinstance(provenance, dict) or "recipe" not in provenance:
+        return [("provenance", "not recorded")]
+    recipe = provenance["recipe"]
+    experts = [(f"expert {expert['name']}", str(expert["model"])) for expert in recipe.get("experts", [])]
+    return [
+        ("made by recipe", str(recipe.get("recipe"))),
+        ("on", str(provenance.get("created"))),
+        ("seed", str(recipe.get("seed"))),
+        *experts,
+        ("hashes, versions", "recorded: --json shows them"),
+    ]

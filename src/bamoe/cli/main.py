@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -26,8 +26,16 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (upcycle, inspect, train, evaluate, generate, demo):
-    app.command()(command)
+_SUMMARIES: dict[Callable[..., None], str] = {
+    upcycle: "Turn dense checkpoints into one mixture.",
+    inspect: "Show what a checkpoint is and what it costs.",
+    train: "Train a model on weighted corpora.",
+    evaluate: "Measure perplexity and routing.",
+    generate: "Continue a prompt.",
+    demo: "The three phases, on built-in text.",
+}
+for command, summary in _SUMMARIES.items():
+    app.command(short_help=summary)(command)
 
 
 def _print_version(asked: bool) -> None:
@@ -50,17 +58,28 @@ def _bamoe(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, or 1 after a message on stderr."""
+    _quiet_libraries()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
             warnings.showwarning = _show_warning
             code = _run(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         # The reader has gone (`bamoe inspect | head`): nothing more to say, at interpreter exit neither.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return code
+
+
+def _quiet_libraries() -> None:
+    """What the libraries say on the way is noise beside our own messages; bars only where somebody watches."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+    if sys.stderr is None or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -69,10 +88,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     except BamoeError as error:
         typer.echo(f"error: {error}", err=True)
         return 1
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        return 1
     except SystemExit as stop:
+        if stop.code == 130:  # how typer ends after Ctrl-C
+            typer.echo("interrupted", err=True)
         return 0 if stop.code in (None, 0) else 1
     return 0
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +44,11 @@ def upcycle(
     check_allow(allow or [])
     read_recipe(recipe)
     if check or dry_run:
+        from bamoe.checkpoints.writer import parse_size
+
+        parse_size(max_shard_size)
+        if os.path.lexists(out) and not force:
+            typer.echo(f"warning: {out} exists; the build will need --force", err=True)
         _examine(recipe, out, allow or [], check=check, dry_run=dry_run)
         return
     from bamoe.recipes.upcycle import upcycle as build
@@ -62,6 +69,8 @@ def _examine(recipe: Path, out: Path, allow: list[str], *, check: bool, dry_run:
         if dry_run:
             dtype = str(build.plan.tensors[0].dtype).removeprefix("torch.")
             _print_plan(build, estimate(build.config, dtype, out), out)
+            for finding in check_disk(build.plan.bytes, out).errors:
+                typer.echo(f"warning: {finding}", err=True)
         if check:
             files = {file.resolve() for reader in build.sources.labelled().values() for file in reader.files()}
             stored = sum(file.stat().st_size for file in files)
@@ -97,16 +106,16 @@ def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 def _print_built(named: Path, built: Path) -> None:
     from bamoe.recipes.inspection import inspect
 
-    parameters = inspect(built)["parameters"]
+    parameters, path = inspect(built)["parameters"], shlex.quote(str(named))
     weights = list(built.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in weights)
     typer.echo(
         f"{named}: {parameters['total']:,} parameters, {parameters['active']:,} active per token, "
         f"{_gigabytes(size)} in {len(weights)} weight file{'s' if len(weights) > 1 else ''}.\n"
         "Its routers are untrained. Next:\n"
-        f"  bamoe inspect {named}\n"
-        f"  bamoe train CONFIG.yaml      # with `model: {named}`; {named}/README.md has an example\n"
-        f'  bamoe generate {named} "prompt"'
+        f"  bamoe inspect {path}\n"
+        f"  bamoe train CONFIG.yaml      # {named}/README.md has an example\n"
+        f'  bamoe generate {path} "prompt"'
     )
 
 

@@ -50,11 +50,10 @@ experts' domains, `bamoe train CONFIG.yaml`:
 model: DIR
 output: DIR-trained
 data:
-  - {name: code, path: code.jsonl.gz, weight: 0.5}
-  - {name: general, path: general.txt, weight: 0.5}
-sequence_length: 2048
+%s
+sequence_length: %d
 tokens: 1_000_000_000
-batch_tokens: 1_048_576
+batch_tokens: %d
 learning_rate: 1.0e-4
 schedule: {warmup_tokens: 10_000_000, decay: cosine, final: 0.1}
 seed: 0
@@ -82,7 +81,7 @@ def model_card(
         _description(config),
         _experts(recipe),
         _LOADING,
-        _TRAINING,
+        _training(recipe, config),
         f"## Recipe\n\n```yaml\n{_recipe_yaml(recipe)}```\n",
         _overridden(overridden),
         _sources(recipe, hashes),
@@ -127,6 +126,14 @@ def _description(config: BamoeConfig) -> str:
         f"({config.feed_forward_routing} routing; gates {renormalised}) |"
     )
     return "\n".join(lines) + "\n"
+
+
+def _training(recipe: Recipe, config: BamoeConfig) -> str:
+    names = [expert.name for expert in recipe.experts] or ["general"]
+    entries = [{"name": name, "path": f"{name}.jsonl.gz", "weight": round(1 / len(names), 3)} for name in names]
+    data = yaml.safe_dump(entries, sort_keys=False, default_flow_style=None, allow_unicode=True).rstrip()
+    length = min(2048, config.max_position_embeddings)
+    return _TRAINING % ("\n".join(f"  {line}" for line in data.splitlines()), length, 512 * length)
 
 
 def _experts(recipe: Recipe) -> str:

@@ -54,7 +54,8 @@ class Table:
         table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
         for column in self.columns:
             text = column.kind == "text"
-            table.add_column(column.title, justify="left" if text else "right", no_wrap=not text)
+            least = 12 if text else None  # on a narrow terminal numbers are cut before the names of the rows
+            table.add_column(column.title, justify="left" if text else "right", no_wrap=not text, min_width=least)
         for record in self.records:
             styles = ["bold" if self._is_best(record, column) else "" for column in self.columns]
             table.add_row(

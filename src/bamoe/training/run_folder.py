@@ -75,10 +75,13 @@ class RunFolder:
 
     def start(self, config: dict[str, Any], force: bool) -> None:
         """Make the directory this run's; with `force`, delete what an earlier run left."""
-        if force and self.output.exists():
-            shutil.rmtree(self.output)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        _write_json(self.checkpoints / TRAINING_CONFIG, config)
+        try:
+            if force and self.output.exists():
+                shutil.rmtree(self.output)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            _write_json(self.checkpoints / TRAINING_CONFIG, config)
+        except OSError as error:
+            raise ConfigError(f"cannot write output {self.output}: {error.strerror}; choose another output") from error
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end."""
