@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -20,6 +21,10 @@ class StrictModel(BaseModel):
 
 Model = TypeVar("Model", bound=StrictModel)
 
+# PyYAML's constructors let Python's own errors out: a 13th month, an integer of 5000 digits, `!!bool maybe`.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+_SHOWN = 200  # characters of a refused value
+
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys; a recipe that says two things must be refused."""
@@ -28,8 +33,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):
+                raise ConfigError(f"line {line}: a key must be a plain word, found {key!r}")
             if key in seen:
-                line = key_node.start_mark.line + 1
                 raise ConfigError(f"line {line}: the key {key!r} appears twice; keep one of them")
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -46,7 +53,7 @@ def read_yaml(path: str | Path) -> Any:
         return yaml.load(text, Loader=_UniqueKeyLoader)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except yaml.YAMLError as error:
+    except _YAML_ERRORS as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
 
 
@@ -78,8 +85,16 @@ def _describe(problem: Any, model: type[BaseModel]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not location:
         return message
-    seen = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
+    seen = "" if isinstance(problem["input"], dict) else f" (found {_shown(problem['input'])})"
     return f"{location}: {message}{seen}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 import torch
@@ -162,3 +163,36 @@ def test_the_hub_s_refusal_is_one_message(monkeypatch):
     with pytest.raises(CheckpointError, match="owner/model: neither a directory here nor") as caught:
         resolve("owner/model")
     assert "no such repository" in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["a" * 300, "/" + "a/" * 3000, "~nobody-of-that-name/model"])
+def test_a_path_that_cannot_be_looked_at(source):
+    with pytest.raises(CheckpointError, match="give the directory of a saved model"):
+        resolve(source)
+
+
+def test_a_directory_name_too_long():
+    assert "cannot be read (File name too long)" in message_of("a" * 300)
+
+
+def test_an_index_that_names_a_file_too_long(sharded):
+    index = sharded / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "b" * 300}}))
+    assert "cannot be read (File name too long)" in message_of(sharded)
+
+
+def test_json_too_deep_to_read(saved):
+    (saved / "config.json").write_text("[" * 10**5)
+    assert "config.json is not readable JSON" in message_of(saved)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to root")
+@pytest.mark.parametrize("closed", [".", "config.json", "model.safetensors"])
+def test_a_closed_directory_or_file(tmp_path, closed):
+    model = save_dense(tmp_path / "model")
+    (model / closed).chmod(0)
+    try:
+        message = message_of(model)
+    finally:
+        (model / closed).chmod(0o700)
+    assert "cannot be read (Permission denied)" in message

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -94,8 +96,39 @@ def test_a_full_disk_is_found_before_the_first_value(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    with pytest.raises(CheckpointError, match="No space left on device; make room"):
         ShardedWriter(tmp_path, {"a": ((4,), torch.float32)}, 99)
+
+
+def test_room_is_not_blamed_for_another_failure(tmp_path):
+    with pytest.raises(CheckpointError, match="No such file or directory") as caught:
+        ShardedWriter(tmp_path / "absent", {"a": ((4,), torch.float32)}, 99)
+    assert "make room" not in str(caught.value)
+
+
+MANY_SHARDS = """
+import os, resource, sys
+from pathlib import Path
+import torch
+from bamoe.checkpoints.writer import ShardedWriter
+
+layout = {f"t{i}": ((3,), torch.float32) for i in range(30)}
+room = len(os.listdir("/proc/self/fd")) + 2 if os.path.isdir("/proc/self/fd") else 24
+resource.setrlimit(resource.RLIMIT_NOFILE, (room, room))
+with ShardedWriter(Path(sys.argv[1]), layout, 1) as writer:
+    for part in range(3):  # in turns, so that each file is opened again
+        for i in range(30):
+            writer.append(f"t{i}", torch.tensor([float(10 * i + part)]))
+"""
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    done = subprocess.run([sys.executable, "-c", MANY_SHARDS, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    read = load_all(tmp_path)
+    assert {name: tensor.tolist() for name, tensor in read.items()} == {
+        f"t{i}": [10 * i, 10 * i + 1, 10 * i + 2] for i in range(30)
+    }
 
 
 def test_a_file_system_that_cannot_reserve_still_works(tmp_path, monkeypatch):
@@ -124,7 +157,7 @@ def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-2GB", "two", "2XB", "0", "0.1B", "2 GB extra"])
+@pytest.mark.parametrize("text", ["", "GB", "-2GB", "two", "2XB", "0", "0.1B", "2 GB extra", "9" * 400])
 def test_nonsense_sizes_are_refused(text):
     with pytest.raises(ConfigError, match="not a size"):
         parse_size(text)

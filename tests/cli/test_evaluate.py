@@ -1,13 +1,16 @@
 """`bamoe evaluate`: JSON for programs, tables for people, messages for mistakes."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
+from bamoe.checkpoints.loading import load_model
 from bamoe.cli.main import main
 from bamoe.evaluation import evaluate
-from tests.training.tiny import corpus, dense, mixture
+from tests.training.tiny import corpus, dense, mixture, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,31 @@ def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["routing"] is None
 
 
+def test_json_has_numbers_only(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def save_scaled(name: str, factor: float) -> Path:
+        model = load_model(folder / "dense")
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(factor)
+        model.save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    def no_number(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    data = ["--data", f"sea={folder / 'sea.jsonl'}", "--data", f"code={folder / 'code.jsonl'}", "--json"]
+    assert main(["evaluate", str(save_scaled("certain", 1e6)), *data]) == 0
+    content = json.loads(capsys.readouterr().out, parse_constant=no_number)
+    assert content["domains"]["sea"]["log_perplexity"] > 710  # its exponential is more than a float holds
+    assert content["domains"]["sea"]["perplexity"] == pytest.approx(math.exp(700))
+    assert content["average_perplexity"] == pytest.approx(math.exp(700))
+
+    assert main(["evaluate", str(save_scaled("broken", math.nan)), *data]) == 1
+    shown = capsys.readouterr()
+    assert "corpus 'sea': the model's log perplexity is nan; its weights hold NaN or Inf" in shown.err
+    assert shown.out == ""
+
+
 def test_tables(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(folder, "mixture")) == 0
     table = capsys.readouterr().out
@@ -58,6 +86,7 @@ def test_tables(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--data", "sea=x.txt"], "the domain 'sea' is given twice"),
         (["--sequence-length", "65"], "maximum of 64, found 65"),
         (["--text-field", "body"], "no field 'body'"),
+        (["--text-field", ""], "domain 'sea': text_field: String should have at least 1 character"),
     ],
 )
 def test_mistakes_are_messages(

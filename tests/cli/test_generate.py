@@ -58,3 +58,13 @@ def test_mistakes_are_messages(folder: Path, capsys: pytest.CaptureFixture[str])
     assert "no such directory" in capsys.readouterr().err
     assert main(["generate", str(folder / "dense"), "the", "--temperature", "0", "--top-k", "2"]) == 1
     assert "--temperature 0 is greedy" in capsys.readouterr().err
+    assert main(["generate", str(folder / "dense"), "the", "--top-k", "2", "--seed", str(2**32)]) == 1
+    assert "--seed" in capsys.readouterr().err
+    assert main(["generate", str(folder / "dense"), "the \udcff"]) == 1
+    assert "the prompt is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = dense(tmp_path / "model", vocab_size=290)
+    assert main(["generate", str(model), "the"]) == 1
+    assert "the tokenizer has 300 tokens and the model 290" in capsys.readouterr().err

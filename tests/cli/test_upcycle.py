@@ -225,3 +225,42 @@ def test_a_mistake_in_a_real_process(models, tmp_path):
     assert done.stderr.startswith("error: 2 problems found")
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "seen"),
+    [
+        ({"router": {"std": float("inf")}}, "router.std"),
+        ({"router": {"std": float("nan")}}, "router.std"),
+        ({"router": {"std": 1e39}}, "router.std"),
+        ({"router": {"std": True}}, "router.std: give a number"),
+        ({"router": {"seed": True}}, "router.seed: Input should be a valid integer"),
+        ({"feed_forward": {"routed_scaling_factor": float("inf")}}, "feed_forward.routed_scaling_factor"),
+        ({"feed_forward": {"num_experts_per_tok": True}}, "feed_forward.num_experts_per_tok: Input should be a valid"),
+        ({"attention": {"num_experts_per_tok": 2.0}}, "attention.num_experts_per_tok: Input should be a valid integer"),
+        ({"recipe": "sparse", "experts": [], "num_experts": True}, "num_experts: Input should be a valid integer"),
+        ({"recipe": "sparse", "experts": [], "num_experts": 10**9}, "num_experts: Input should be less than or equal"),
+        ({"recipe": "sparse", "experts": [], "num_experts": "2"}, "num_experts: Input should be a valid integer"),
+        ({"experts": [{"name": "a", "model": "b", "copies": True}]}, "experts.0.copies: Input should be a valid int"),
+    ],
+)
+def test_values_that_a_recipe_cannot_have(models, tmp_path, capsys, keys, seen):
+    recipe = write_recipe(tmp_path / "recipe.yaml", models, "seed", "code", **keys)
+    assert main(["upcycle", recipe, str(tmp_path / "out")]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {recipe}: {seen}"), message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_shard_size_beyond_numbers_is_refused(recipe, tmp_path, capsys):
+    assert main(["upcycle", recipe, str(tmp_path / "out"), "--max-shard-size", "9" * 400]) == 1
+    assert "is not a size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("long", ["a" * 300, "a" * 300 + "/b"])
+def test_a_mergekit_file_with_a_path_too_long(models, tmp_path, capsys, long):
+    path = tmp_path / "mergekit.yaml"
+    experts = [{"source_model": str(models / "code")}, {"source_model": long}]
+    path.write_text(yaml.safe_dump({"base_model": long, "gate_mode": "random", "experts": experts}))
+    assert main(["upcycle", str(path), str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.count("File name too long") == 2

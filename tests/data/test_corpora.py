@@ -34,6 +34,11 @@ def test_text_files_are_one_document_each(tmp_path: Path) -> None:
     assert read(tmp_path) == ["one\n\ntwo\n", "three"]
 
 
+def test_line_ends_of_text_files_are_line_feeds(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\r\n")
+    assert read(tmp_path / "a.txt") == ["one\ntwo\n"]
+
+
 def test_parquet_with_another_field(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"body": DOCUMENTS, "n": [1, 2, 3]}).to_parquet(tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet", text_field="body") == DOCUMENTS
@@ -62,7 +67,8 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
         ("a.docx", "text", r"unknown kind.*\.parquet"),
         ("other.jsonl", '{"body": "x", "title": "y"}\n', "no field 'text'; set text_field to one of: body, title"),
         ("numbers.jsonl", '{"text": 1}\n', "holds int64, not text"),
-        ("nested.jsonl", '{"text": ["a"]}\n', "not text"),
+        ("nested.jsonl", '{"text": ["a"]}\n', "holds mixed or nested values, not text"),
+        ("mixed.jsonl", '{"text": "a"}\n{"text": 1}\n', "holds mixed or nested values, not text"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, name: str, content: str | None, message: str) -> None:

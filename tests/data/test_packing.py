@@ -98,3 +98,10 @@ def test_a_corpus_shorter_than_a_block_is_refused(tmp_path: Path) -> None:
     short = read_tokens(Corpus(name="short", path=str(tmp_path / "short.txt")), tokenizer())
     with pytest.raises(DataError, match=f"'short' has {len(short)} tokens, less than one block of {LENGTH}"):
         mixture([short], [1.0], 4)
+
+
+def test_a_corpus_that_would_never_be_seen_is_refused(streams: list[TokenStream]) -> None:
+    message = r"'code' gets none of the run's 50 blocks: its weight of 0\.002 is 0\.001 of all"
+    with pytest.raises(DataError, match=message):
+        mixture(streams, [1.998, 0.002], 50)
+    assert mixture(streams, [1.998, 0.002], 1000).blocks() == {"sea": 999, "code": 1}

@@ -158,6 +158,60 @@ def test_mistakes_are_named(folder: Path, arguments: dict[str, Any], error: type
         evaluate(model, data, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("data", "length", "error", "message"),
+    [
+        ("gone.txt", None, DataError, "gone.txt does not exist"),
+        ("sea.jsonl", 65, ConfigError, "maximum of 64, found 65"),
+        ("sea.jsonl", None, CheckpointError, "no weights"),
+    ],
+)
+def test_data_and_length_are_looked_at_before_the_weights(
+    folder: Path, tmp_path: Path, data: str, length: int | None, error: type[BamoeError], message: str
+) -> None:
+    model = dense(tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    with pytest.raises(error, match=message):
+        evaluate(model, {"sea": folder / data}, sequence_length=length)
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    small = dense(tmp_path / "model", vocab_size=290)
+    data = {"sea": folder / "sea.jsonl"}
+    for model, given in ((small, None), (load_model(small), tokenizer())):
+        with pytest.raises(ConfigError, match="the tokenizer has 300 tokens and the model 290"):
+            evaluate(model, data, tokenizer=given)
+
+
+@pytest.mark.parametrize("make", [dense, mixture])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("hidden_act", "zz", "its configuration cannot be used: 'zz' is missing or unknown"),
+        ("rope_parameters", {"rope_type": "zz", "rope_theta": 1e4}, "'zz' is missing or unknown"),
+        ("rope_parameters", 3, "its configuration cannot be used"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_configuration_that_names_nothing_known_is_refused(
+    folder: Path, tmp_path: Path, make: Any, key: str, value: object, message: str
+) -> None:
+    model = make(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(CheckpointError, match=message):
+        evaluate(model, {"sea": folder / "sea.jsonl"})
+
+
+def test_scores_that_are_no_numbers_are_refused(folder: Path) -> None:
+    model = load_model(folder / "mixture").train()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = math.nan  # of EOS
+    with pytest.raises(CheckpointError, match="'sea': the model's log perplexity is nan"):
+        evaluate(model, {"sea": folder / "sea.jsonl"}, tokenizer=tokenizer())
+    assert model.training  # left as it was
+
+
 def test_a_model_object_needs_its_tokenizer(folder: Path) -> None:
     with pytest.raises(ConfigError, match="needs its tokenizer"):
         evaluate(load_model(folder / "dense"), {"sea": folder / "sea.jsonl"})

@@ -3,10 +3,13 @@
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from bamoe import BamoeConfig, BamoeForCausalLM
 from bamoe.errors import CompatibilityError
 from bamoe.families import SUPPORTED, family_of
+from bamoe.families.family import rotates_by_length
 from tests.dense_models import TINY, VARIANTS, variant_name
 
 
@@ -79,6 +82,7 @@ def test_rope_written_the_old_way_is_understood():
     assert rope["rope_type"] == "llama3"
     assert rope["rope_theta"] == 500000.0
     assert rope["factor"] == 8.0
+    assert "type" not in rope
     assert raw["rope_scaling"]["type"] == "llama3"  # the caller's dictionary is left alone
     assert family.refusals(family.read_config(raw)) == []
 
@@ -105,6 +109,43 @@ def test_what_a_mixture_lacks_is_refused_by_name(model_type, changes, named):
     refusals = family.refusals(family.read_config(config_json(model_type, **changes)))
     assert len(refusals) == 1
     assert named in refusals[0]
+
+
+@pytest.mark.parametrize(
+    ("rope", "by_length"),
+    [
+        ({"rope_type": "default", "rope_theta": 1e4}, False),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, False),
+        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, True),
+        ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}, False),
+        ({"rope_type": "yarn", "rope_theta": 1e4, "factor": None, "original_max_position_embeddings": 16}, True),
+    ],
+)
+def test_which_rotations_depend_on_the_maximum_of_positions(rope, by_length):
+    assert rotates_by_length(rope) == by_length
+
+    def frequencies(maximum):
+        config = AutoConfig.for_model("llama", **TINY | {"max_position_embeddings": 64})
+        config.rope_parameters, config.max_position_embeddings = rope, maximum
+        if rope["rope_type"] == "default":
+            return LlamaRotaryEmbedding(config).inv_freq
+        # 256 positions are beyond either maximum.
+        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu", seq_len=256)[0]
+
+    assert torch.equal(frequencies(32), frequencies(128)) != by_length
+
+
+@pytest.mark.parametrize(("padding", "taken"), [(40, None), (-1, None), (0, 0), (39, 39), (None, None)])
+def test_only_a_padding_id_of_the_vocabulary_is_taken(padding, taken):
+    family = SUPPORTED["llama"]
+    config = family.read_config(config_json("llama") | {"pad_token_id": padding})
+    assert family.translate(config)["pad_token_id"] == taken
+
+
+def test_more_layers_than_any_model_are_refused_before_a_list_of_them_is_made():
+    for model_type in SUPPORTED:
+        with pytest.raises(CompatibilityError, match="num_hidden_layers is 10000000, more than"):
+            SUPPORTED[model_type].read_config(config_json(model_type) | {"num_hidden_layers": 10**7})
 
 
 def test_harmless_fields_are_not_refused():

@@ -331,6 +331,21 @@ def test_a_value_that_does_not_fit_the_dtype_is_refused():
         list(pieces(target, lambda _: (1, 1), lambda *_: torch.full((1, 1), 1e5)))
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_result_that_is_not_finite_is_refused(value):
+    # The sources may be finite and of the target's dtype all the same: a sum can overflow.
+    target = PlannedTensor("t", (2, 2), torch.float32, Rows((Block(Source("m", "w"), 0, 2),)))
+    values = torch.tensor([[0.0, 1.0], [value, 2.0]])
+    with pytest.raises(CompatibilityError, match=r"t: copy of m: w gives NaN or infinite values"):
+        list(pieces(target, lambda _: (2, 2), lambda *_: values))
+
+
+def test_a_sum_that_overflows_is_refused():
+    target = PlannedTensor("t", (1, 1), torch.float32, Mean((Source("a", "w"), Source("b", "w"))))
+    with pytest.raises(CompatibilityError, match=r"t: mean of a, b: w gives NaN or infinite values"):
+        list(pieces(target, lambda _: (1, 1), lambda *_: torch.full((1, 1), 3e38)))
+
+
 def test_a_seed_that_no_mixture_can_have_is_one_message():
     fields = SUPPORTED["llama"].translate(AutoConfig.for_model("llama", hidden_size=12, num_attention_heads=4))
     with pytest.raises(CompatibilityError, match=r"head_dim must be even .*found 3"):

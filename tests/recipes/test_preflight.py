@@ -16,7 +16,7 @@ from bamoe.checkpoints.reader import CheckpointReader
 from bamoe.errors import CompatibilityError, ConfigError
 from bamoe.recipes import preflight
 from bamoe.recipes.findings import CLASSES, OVERRIDES
-from bamoe.recipes.preflight import check_disk, check_sources, open_checked, scan_values
+from bamoe.recipes.preflight import check_disk, open_checked, scan_values
 from bamoe.recipes.schema import Recipe
 
 TINY = {
@@ -132,6 +132,83 @@ def test_each_difference_between_configs(saved, changes, name, seen):
     assert f"[{name}]" in str(caught.value)
     assert seen in str(caught.value)
     assert "e0" not in str(caught.value)  # the expert that fits is not blamed
+
+
+def edited_rope(fresh, name, maximum=64, **rope):
+    """A checkpoint whose config has these rope parameters, spelt as given."""
+    directory = fresh(name)
+    edit_json(directory / "config.json", rope_parameters=rope, max_position_embeddings=maximum)
+    return directory
+
+
+def test_the_older_key_of_a_rope_type_beside_the_newer_is_no_difference(fresh):
+    both = edited_rope(fresh, "both", type="linear", rope_type="linear", rope_theta=1e4, factor=2.0)
+    newer = edited_rope(fresh, "newer", rope_type="linear", rope_theta=1e4, factor=2.0)
+    older = edited_rope(fresh, "older", type="linear", rope_theta=1e4, factor=2)
+    assert check(newer, both, older).errors == []
+    assert check(both, newer, older).errors == []
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("rope", "refused"),
+    [
+        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, True),
+        (YARN, True),  # without original_max_position_embeddings
+        (YARN | {"original_max_position_embeddings": 16}, False),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, False),
+    ],
+)
+def test_maximum_positions_that_change_the_rotation(fresh, rope, refused):
+    short, long = edited_rope(fresh, "short", 32, **rope), edited_rope(fresh, "long", 128, **rope)
+    findings = check(short, short, long)
+    assert classes(findings.errors) == ({"rope"} if refused else set())
+    assert "maximum-positions" in classes(findings.warnings)
+    if refused:
+        assert "32" in str(findings.errors[0])
+        assert "128" in str(findings.errors[0])
+        assert "e0" not in str(findings.errors[0])
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": "x"},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.0},
+        {"rope_type": "yarn", "rope_theta": 1e4},
+        {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0},
+    ],
+)
+def test_rope_parameters_that_give_no_rotation(fresh, rope):
+    bad = edited_rope(fresh, "bad", **rope)
+    findings = check(bad, bad)
+    assert classes(findings.errors) == {"unsupported"}
+    assert rope["rope_type"] in str(findings.errors[0])
+
+
+@pytest.mark.parametrize("padding", [40, -1])
+def test_a_padding_id_outside_the_vocabulary_is_warned(saved, fresh, padding):
+    old = fresh("old")
+    edit_json(old / "config.json", pad_token_id=padding)
+    findings = check(saved(), old)
+    assert findings.errors == []
+    assert classes(findings.warnings) == {"special-ids"}
+    seen = f"expert e0: pad_token_id {padding} is outside the vocabulary of 40"
+    assert any(seen in str(warning) for warning in findings.warnings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "seen"),
+    [({"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000"), ({"num_attention_heads": 0}, "e0: config.json")],
+)
+def test_values_that_no_config_has(saved, fresh, changes, seen):
+    bad = fresh()
+    edit_json(bad / "config.json", **changes)
+    findings = check(saved(), bad)
+    assert classes(findings.errors) == {"unsupported"}
+    assert seen in str(findings.errors[0])
 
 
 def test_sliding_window(saved):
@@ -299,6 +376,12 @@ def test_an_unreadable_tokenizer_is_a_finding_not_a_crash(saved, fresh):
     assert "not valid JSON" in str(findings.errors[0])
 
 
+def test_a_path_too_long_is_a_finding_not_a_crash(saved):
+    for seed, expert in ((saved(), Path("a" * 300)), (Path("a" * 300), saved())):
+        with pytest.raises(CompatibilityError, match=r"\[checkpoint\] .*File name too long"):
+            check(seed, expert)
+
+
 def test_tokenizers_that_cannot_be_compared_are_warned(saved, fresh):
     bare = fresh("bare")
     (bare / "tokenizer.json").unlink()
@@ -375,12 +458,6 @@ def test_what_has_no_sensible_result_cannot_be_allowed(saved, name):
 def test_an_unknown_class_names_the_closest():
     with pytest.raises(ConfigError, match="--allow tokeniser: there is no such class; did you mean 'tokenizer'"):
         preflight.check_allow(["tokeniser"])
-
-
-def test_open_readers_can_be_checked_directly(saved):
-    with CheckpointReader(saved()) as seed, CheckpointReader(saved(vocab_size=41)) as expert:
-        findings = check_sources(recipe_for(saved(), saved()), seed, {"code": expert})
-    assert "expert code vocab_size 41" in str(findings.errors[0])
 
 
 def test_a_full_disk(monkeypatch, tmp_path):

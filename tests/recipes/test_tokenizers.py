@@ -160,3 +160,24 @@ def test_chat_templates_are_found_in_either_place(seed, other):
     (seed / "tokenizer_config.json").write_text(json.dumps({"chat_template": "A"}))
     (other / "chat_template.jinja").write_text("A")
     assert chat_template(seed) == chat_template(other) == "A"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data["model"].update(vocab=[["a"], ["b"]]),
+        lambda data: data["model"].update(vocab=["a", "b"]),
+        lambda data: data["model"].update(vocab="x"),
+        lambda data: data["model"].update(merges=5),
+        lambda data: data.update(added_tokens=[1]),
+        lambda data: data.update(model=3),
+    ],
+)
+def test_a_malformed_tokenizer_is_one_message(seed, other, change):
+    edit(other, change)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json has no form known here"):
+        compare_tokenizers(seed, other)
+
+
+def test_a_path_too_long_has_no_tokenizer():
+    assert not has_tokenizer(Path("a" * 300))

@@ -131,6 +131,60 @@ def test_copies_fill_seats_and_count_once_in_means(tmp_path, models):
     torch.testing.assert_close(out["model.norm.weight"], mean)
 
 
+@pytest.mark.parametrize("way", ["same path", "another path", "another link"])
+def test_a_model_under_two_names_fills_two_seats_and_counts_once_in_means(tmp_path, models, way):
+    general, code, _ = models
+    twin = {"same path": general, "another path": general / ".." / general.name, "another link": tmp_path / "link"}[way]
+    if way == "another link":
+        twin.symlink_to(general)
+    named = {"one": general, "code": code, "two": twin}
+    recipe = {
+        **KINDS["bam-shared"],
+        "seed": str(general),
+        "experts": [{"name": name, "model": str(model)} for name, model in named.items()],
+    }
+    with prepare(recipe) as build:
+        described = {tensor.name: tensor.operation.describe() for tensor in build.plan.tensors}
+        reasons = {(unused.source.checkpoint, unused.source.tensor): unused.reason for unused in build.plan.unused}
+    embedding, key = "model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.weight"
+    assert described[embedding] == f"mean of expert one, expert code: {embedding}"
+    assert reasons["expert two", key] == "the same model as expert one, and a mean counts it once"
+    made = weights_of(bamoe.upcycle(recipe, tmp_path / "out"))
+    first, second = (load_file(model / "model.safetensors") for model in (general, code))
+    for name in (embedding, key, "model.layers.1.input_layernorm.weight", "lm_head.weight"):
+        torch.testing.assert_close(made[name], (first[name] + second[name]) / 2)
+    down = made["model.layers.1.mlp.experts.down_proj"]
+    for seat, source in enumerate((first, second, first)):
+        assert torch.equal(down[seat], source["model.layers.1.mlp.down_proj.weight"])
+
+
+@pytest.mark.parametrize("padding", [40, -1])
+def test_a_padding_id_outside_the_vocabulary_becomes_none(tmp_path, models, padding):
+    old = Path(shutil.copytree(models[0], tmp_path / "old"))
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((old / name).read_text())
+        (old / name).write_text(json.dumps(content | {"pad_token_id": padding}))
+    with pytest.warns(UserWarning, match=rf"special-ids.*pad_token_id {padding} is outside the vocabulary of 40"):
+        out = bamoe.upcycle({"recipe": "sparse", "seed": str(old), "num_experts": 2}, tmp_path / "out")
+    model = BamoeForCausalLM.from_pretrained(out)
+    assert model.config.pad_token_id is None
+    assert model.generation_config.pad_token_id is None
+    assert model.generation_config.eos_token_id == 2  # the rest is kept
+    assert model.model.embed_tokens.padding_idx is None  # every row learns
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to root")
+@pytest.mark.parametrize("closed", [".", "config.json", "model.safetensors", "tokenizer.json"])
+def test_a_closed_source_is_one_message(tmp_path, models, closed):
+    private = Path(shutil.copytree(models[1], tmp_path / "private"))
+    (private / closed).chmod(0)
+    try:
+        with pytest.raises(CompatibilityError, match=r"private.*Permission denied"):
+            bamoe.upcycle(recipe_of([models[0], private]), tmp_path / "out")
+    finally:
+        (private / closed).chmod(0o700)
+
+
 def test_the_seed_counts_in_the_mean_only_as_an_expert(tmp_path, models):
     recipe = recipe_of(models[1:]) | {"seed": str(models[0])}
     out = weights_of(bamoe.upcycle(recipe, tmp_path / "out"))

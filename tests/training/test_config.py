@@ -63,6 +63,9 @@ def test_reads_the_documented_file(tmp_path: Path) -> None:
         ({"output": "./models/../models/bam"}, "holds the input models/bam"),
         ({"learning_rate": 0}, "learning_rate.*greater than 0"),
         ({"learning_rate": float("inf")}, "learning_rate.*finite"),
+        ({"weight_decay": float("inf")}, "weight_decay.*finite"),
+        ({"router_aux_loss_coef": float("inf")}, "router_aux_loss_coef.*finite"),
+        ({"router_z_loss_coef": float("nan")}, "router_z_loss_coef.*finite"),
     ],
 )
 def test_refuses(changes: dict[str, Any], message: str) -> None:

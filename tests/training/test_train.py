@@ -193,7 +193,8 @@ def test_bfloat16_weights_and_autocast(tmp_path: Path) -> None:
 
 
 def test_divergence_ends_the_run_with_advice(tmp_path: Path) -> None:
-    config = run_config(tmp_path, dense(tmp_path / "model"), learning_rate=1e30, max_grad_norm=0.0)
+    settings = {"learning_rate": 1e30, "max_grad_norm": 0.0, "save_every_tokens": 640}
+    config = run_config(tmp_path, dense(tmp_path / "model"), **settings)
     with pytest.raises(BamoeError, match=r"the loss is (nan|inf) at step \d+.*lower learning_rate"):
         train(config)
     assert not (tmp_path / "run" / "config.json").exists()

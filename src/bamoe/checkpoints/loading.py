@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bamoe.checkpoints.reader import CheckpointReader, resolve
-from bamoe.errors import CheckpointError
+from bamoe.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +30,7 @@ def load_config(source: str | Path) -> PreTrainedConfig:
             # Our own class, so that the copy of the code which travels with the checkpoint is not run.
             return BamoeConfig.from_pretrained(path)
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a value of the wrong type raises whatever reading it happened to raise
         raise CheckpointError(f"{source}: its configuration cannot be used: {error}") from error
 
 
@@ -43,7 +43,7 @@ def load_model(source: str | Path, dtype: str = "float32") -> PreTrainedModel:
 
     Raises:
         CheckpointError: missing, truncated or pickled weights, weights that do not fill the model, or an
-            architecture that transformers and bamoe do not know.
+            architecture, activation or rotary embedding that transformers and bamoe do not know.
     """
     from transformers import AutoModelForCausalLM
 
@@ -58,6 +58,8 @@ def load_model(source: str | Path, dtype: str = "float32") -> PreTrainedModel:
         model, info = model_class.from_pretrained(
             path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
+    except KeyError as error:  # of transformers' tables: activations, kinds of rotary embeddings and their settings
+        raise CheckpointError(f"{source}: its configuration cannot be used: {error} is missing or unknown") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{source}: {error}") from error
     if missing := sorted(info["missing_keys"]):
@@ -80,3 +82,12 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         raise
     except Exception as error:  # a broken tokenizer.json raises a bare Exception
         raise CheckpointError(f"{source}: no tokenizer that can be read: {error}") from error
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Raises ConfigError when the tokenizer has a token for which the model has no embedding."""
+    tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if tokens > (embeddings := config.get_text_config().vocab_size):
+        raise ConfigError(
+            f"the tokenizer has {tokens} tokens and the model {embeddings}; use the tokenizer that belongs to the model"
+        )

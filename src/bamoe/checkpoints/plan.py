@@ -200,19 +200,29 @@ def pieces(
 ) -> Iterator[torch.Tensor]:
     """A target's values in row-major order as flat tensors of its dtype, each of at most about `piece_bytes` float32.
 
-    Raises CompatibilityError when a finite value does not fit the dtype.
+    Raises CompatibilityError when a value is not finite, or does not fit the dtype.
     """
     rows, columns = tensor.operation.shape(shape_of)
     step = max(1, piece_bytes // (4 * columns))
     for start in range(0, rows, step):
         made = tensor.operation.rows(start, min(rows, start + step), read)
         piece = made.to(tensor.dtype).flatten()
-        if made.dtype != piece.dtype and not torch.isfinite(piece).all():
+        if not is_finite(piece):
+            if is_finite(made):
+                raise CompatibilityError(
+                    f"{tensor.name}: values up to {made.abs().max().item():.3g} overflow {tensor.dtype}; "
+                    "ask for dtype: bfloat16 or float32 in the recipe"
+                )
             raise CompatibilityError(
-                f"{tensor.name}: values up to {made.abs().max().item():.3g} overflow {tensor.dtype}; "
-                "ask for dtype: bfloat16 or float32 in the recipe"
+                f"{tensor.name}: {tensor.operation.describe()} gives NaN or infinite values; look for extreme weights "
+                "in its sources, or an extreme value in the recipe"
             )
         yield piece
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; NaN spreads into both extremes, ten times cheaper than a mask."""
+    return values.numel() == 0 or all(bool(extreme.isfinite()) for extreme in values.aminmax())
 
 
 def distinct(sources: Iterable[Source]) -> tuple[Source, ...]:

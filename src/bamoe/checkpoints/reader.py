@@ -62,11 +62,14 @@ class CheckpointReader:
         self.tensors = {}
         self._handles: dict[Path, Any] = {}
         problems: list[str] = []
-        if not self.path.is_dir():
-            raise CheckpointError(f"{self.path}: no such directory; give the directory of a saved model")
-        self.config = self._read_json(CONFIG_FILE, problems)
-        for file, expected in self._weight_files(problems).items():
-            problems += self._open(file, expected)
+        try:
+            if not self.path.is_dir():
+                raise CheckpointError(f"{self.path}: no such directory; give the directory of a saved model")
+            self.config = self._read_json(CONFIG_FILE, problems)
+            for file, expected in self._weight_files(problems).items():
+                problems += self._open(file, expected)
+        except OSError as error:
+            problems.append(_unreadable(error.filename or self.path, error))
         if problems:
             self.close()
             raise CheckpointError("\n".join(problems))
@@ -88,8 +91,11 @@ class CheckpointReader:
         """SHA-256 of each of `files()`, by file name."""
         digests = {}
         for path in self.files():
-            with path.open("rb") as file:
-                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            try:
+                with path.open("rb") as file:
+                    digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise CheckpointError(_unreadable(path, error)) from error
         return digests
 
     def close(self) -> None:
@@ -111,7 +117,10 @@ class CheckpointReader:
         except FileNotFoundError:
             problems.append(f"{self.path}: no {name}; give the directory of a model saved by transformers")
             return {}
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            problems.append(_unreadable(path, error))
+            return {}
+        except (ValueError, RecursionError) as error:
             problems.append(f"{path} is not readable JSON ({error}); copy or download it again")
             return {}
         if not isinstance(content, dict):
@@ -154,6 +163,7 @@ class CheckpointReader:
             yield f"{file}: missing, though {INDEX_FILE} names it; copy or download it again"
             return
         try:
+            file.open("rb").close()  # safetensors says of a closed file that there is none
             handle = safe_open(file, framework="pt")
             stored = set(handle.keys())
             for name in sorted(stored):
@@ -161,6 +171,9 @@ class CheckpointReader:
                 shape = tuple(header.get_shape())
                 dtype = (header[:0] if shape else handle.get_tensor(name)).dtype
                 self.tensors[name] = TensorInfo(name, shape, dtype, file)
+        except PermissionError as error:
+            yield _unreadable(file, error)
+            return
         except (SafetensorError, OSError) as error:
             yield f"{file}: truncated or corrupt ({error}); copy or download it again"
             return
@@ -175,10 +188,15 @@ def resolve(source: str) -> Path:
     Raises:
         CheckpointError: neither a directory nor a model that the hub gives.
     """
-    local = Path(source).expanduser()
-    if local.is_dir():
+    try:
+        local = Path(source).expanduser()
+        is_directory, exists = local.is_dir(), local.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a closed parent; no such user
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{source}: {reason}; give the directory of a saved model, or a hub id") from error
+    if is_directory:
         return local
-    if local.exists() or not _is_hub_id(source):
+    if exists or not _is_hub_id(source):
         raise CheckpointError(f"{source}: no such directory; give the directory of a saved model, or a hub id")
     from huggingface_hub import snapshot_download
 
@@ -190,13 +208,17 @@ def resolve(source: str) -> Path:
             ignore_patterns=["*/*", "consolidated*"],
         )
     except Exception as error:  # the hub client raises many kinds, of several libraries
-        reason = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines()
         raise CheckpointError(
             f"{source}: neither a directory here nor a model that the hub gives "
-            f"({type(error).__name__}: {reason[0] if reason else 'no reason given'}); correct the path, or see "
+            f"({type(error).__name__}: {lines[0] if lines else 'no reason given'}); correct the path, or see "
             "that the network works and that you may read the model (hf auth login)"
         ) from error
     return Path(directory)
+
+
+def _unreadable(path: str | Path, error: OSError) -> str:
+    return f"{path}: cannot be read ({error.strerror}); see that the path is right and that you may read it"
 
 
 def _is_hub_id(source: str) -> bool:

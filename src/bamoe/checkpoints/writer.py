@@ -21,12 +21,13 @@ from bamoe.errors import CheckpointError, ConfigError
 Layout: TypeAlias = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by tensor name
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 def parse_size(text: str | int) -> int:
     """Bytes of a size such as 2GB (decimal), 2GiB (binary) or a plain number. Raises ConfigError otherwise."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?", str(text).strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]I?|)B?", str(text).strip().upper())
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1:
         raise ConfigError(f"{text!r} is not a size; write for instance 500MB, 2GB or 2GiB")
@@ -39,17 +40,17 @@ class _Shard:
     header: bytes
     size: int
     starts: dict[str, int]  # where in the file each tensor begins
-    file: BinaryIO | None = None
 
 
 class ShardedWriter:
     """Safetensors files of tensors whose shapes are known in advance, filled in any number of slices.
 
     All files take their full size at once, so that a full disk is found before work is lost. Each header is written
-    last: a file that is not complete is not a safetensors file. `close` sees that every value was written.
+    last: a file that is not complete is not a safetensors file. `close` sees that every value was written. One file is
+    open at a time, so that any number of shards can be written.
 
     Raises:
-        CheckpointError: the disk has no room.
+        CheckpointError: the disk has no room, or cannot be written.
     """
 
     def __init__(self, directory: Path, layout: Layout, max_shard_size: int) -> None:
@@ -59,22 +60,18 @@ class ShardedWriter:
         self._written = dict.fromkeys(layout, 0)
         self._shards = self._lay_out(max_shard_size)
         self._shard_of = {name: shard for shard in self._shards for name in shard.starts}
+        self._open_shard: _Shard | None = None
+        self._file: BinaryIO | None = None
         try:
             for shard in self._shards:
-                shard.file = shard.path.open("wb")
-                _allocate(shard.file, shard.size)
+                with shard.path.open("wb") as file:
+                    _allocate(file, shard.size)
         except OSError as error:
-            self._close_files()
             total = sum(shard.size for shard in self._shards)
+            remedy = "; make room or choose another disk" if error.errno in _NO_ROOM else ""
             raise CheckpointError(
-                f"cannot write {total / 1e9:.2f} GB to {directory.parent}: {error.strerror}; make room or choose "
-                "another disk"
+                f"cannot write {total / 1e9:.2f} GB to {directory.parent}: {error.strerror}{remedy}"
             ) from error
-
-    @property
-    def files(self) -> list[Path]:
-        """The weight files, in order."""
-        return [shard.path for shard in self._shards]
 
     def append(self, name: str, values: torch.Tensor) -> None:
         """Write the next values of a tensor, in row-major order."""
@@ -85,9 +82,9 @@ class ShardedWriter:
         if self._written[name] + data.nbytes > self._sizes[name]:
             raise ValueError(f"more values than {name} of shape {shape} has")
         shard = self._shard_of[name]
-        assert shard.file is not None
-        shard.file.seek(shard.starts[name] + self._written[name])
-        shard.file.write(data.data)
+        file = self._open(shard)
+        file.seek(shard.starts[name] + self._written[name])
+        file.write(data.data)
         self._written[name] += data.nbytes
 
     def close(self) -> None:
@@ -97,13 +94,13 @@ class ShardedWriter:
             if unfinished:
                 raise ValueError(f"tensors that are not whole: {unfinished[:3]}")
             for shard in self._shards:
-                assert shard.file is not None
-                shard.file.seek(0)
-                shard.file.write(shard.header)
-                shard.file.flush()
-                os.fsync(shard.file.fileno())
+                file = self._open(shard)
+                file.seek(0)
+                file.write(shard.header)
+                file.flush()
+                os.fsync(file.fileno())  # of the whole file, what was written before it was last opened too
         finally:
-            self._close_files()
+            self._close_file()
         if len(self._shards) > 1:
             self._write_index()
 
@@ -117,7 +114,7 @@ class ShardedWriter:
         if kind is None:
             self.close()
         else:
-            self._close_files()
+            self._close_file()
 
     def _lay_out(self, max_shard_size: int) -> list[_Shard]:
         groups: list[list[str]] = [[]]
@@ -162,10 +159,16 @@ class ShardedWriter:
         }
         (self._directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _close_files(self) -> None:
-        for shard in self._shards:
-            if shard.file is not None:
-                shard.file.close()
+    def _open(self, shard: _Shard) -> BinaryIO:
+        if self._file is None or self._open_shard is not shard:
+            self._close_file()
+            self._file, self._open_shard = shard.path.open("r+b"), shard
+        return self._file
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close()
 
 
 def _allocate(file: BinaryIO, size: int) -> None:

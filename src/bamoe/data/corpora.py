@@ -55,7 +55,7 @@ def read_documents(corpus: Corpus) -> Dataset:
         raise DataError(
             f"corpus {corpus.name!r}: {corpus.path} has no field {field!r}; set text_field to one of: {found}"
         )
-    kind = getattr(documents.features[field], "dtype", "nested values")
+    kind = getattr(documents.features[field], "dtype", "mixed or nested values")
     if kind not in ("string", "large_string"):
         raise DataError(f"corpus {corpus.name!r}: the field {field!r} of {corpus.path} holds {kind}, not text")
     documents = documents.select_columns([field])

@@ -27,7 +27,7 @@ class PackedMixture:
         document_mask: also return `position_ids` that restart at each document.
 
     Raises:
-        DataError: a corpus shorter than one block.
+        DataError: a corpus shorter than one block, or one whose share is no block of the run.
     """
 
     def __init__(
@@ -49,7 +49,14 @@ class PackedMixture:
         self.sequence_length = sequence_length
         self.seed = seed
         self.document_mask = document_mask
-        self._corpus, self._ordinal = _interleave(blocks_per_corpus(weights, num_blocks))
+        counts = blocks_per_corpus(weights, num_blocks)
+        for stream, weight, count in zip(streams, weights, counts, strict=True):
+            if count == 0:
+                raise DataError(
+                    f"corpus {stream.name!r} gets none of the run's {num_blocks} blocks: its weight of {weight:g} is "
+                    f"{weight / sum(weights):.2g} of all; raise it, train on more tokens, or leave the corpus out"
+                )
+        self._corpus, self._ordinal = _interleave(counts)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
     def __len__(self) -> int:

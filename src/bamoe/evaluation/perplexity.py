@@ -18,22 +18,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bamoe.checkpoints.loading import load_model, load_tokenizer
+from bamoe.checkpoints.loading import check_vocabulary, load_config, load_model, load_tokenizer
 from bamoe.data.corpora import Corpus
 from bamoe.data.tokens import TokenStream, read_tokens
-from bamoe.errors import ConfigError, DataError
+from bamoe.errors import CheckpointError, ConfigError, DataError
 from bamoe.evaluation.routing import LayerRouting, is_mixture, router_statistics, update_statistics
+from bamoe.schema import parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_SEQUENCE_LENGTH = 1024
 DEFAULT_BATCH_TOKENS = 4096
+MAX_LOG_PERPLEXITY = 700.0  # its exponential is near the largest float; JSON has no infinity
 
 
 @dataclass(frozen=True)
 class DomainScore:
-    """How well a model predicts one text; `tokens` are those scored, log perplexity is in nats per token."""
+    """How well a model predicts one text; `tokens` are those scored, log perplexity is in nats per token.
+
+    perplexity is exp(log_perplexity), at most exp(700).
+    """
 
     perplexity: float
     log_perplexity: float
@@ -84,30 +89,36 @@ def evaluate(
         text_field: the column with the documents.
 
     Raises:
-        BamoeError: a model, corpus or length that cannot be used.
+        BamoeError: a model, corpus or length that cannot be used, or scores that are not finite.
     """
     if not data:
         raise ConfigError("nothing to evaluate on: give at least one domain")
+    corpora = [
+        parse({"name": name, "path": str(path), "text_field": text_field}, Corpus, f"domain {name!r}")
+        for name, path in data.items()
+    ]
     recorded: dict[str, Any] = {}
     if isinstance(model, str | Path):
         recorded = _training_config(Path(model).expanduser())
+        config = load_config(model)
         tokenizer = tokenizer or load_tokenizer(model)
-        model = load_model(model, dtype="auto" if torch.cuda.is_available() else "float32")
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-    if tokenizer is None:
+    elif tokenizer is None:
         raise ConfigError("a model object needs its tokenizer: evaluate(model, data, tokenizer=...)")
-    longest = getattr(model.config, "max_position_embeddings", None) or DEFAULT_SEQUENCE_LENGTH
+    else:
+        config = model.config
+    check_vocabulary(tokenizer, config)
+    longest = getattr(config, "max_position_embeddings", None) or DEFAULT_SEQUENCE_LENGTH
     sequence_length = sequence_length or recorded.get("sequence_length") or min(DEFAULT_SEQUENCE_LENGTH, longest)
     if not 1 <= sequence_length <= longest:
         raise ConfigError(
             f"sequence_length must be between 1 and the model's maximum of {longest}, found {sequence_length}"
         )
-    streams = [
-        read_tokens(Corpus(name=name, path=str(path), text_field=text_field), tokenizer, count_bytes=True)
-        for name, path in data.items()
-    ]
+    streams = [read_tokens(corpus, tokenizer, count_bytes=True) for corpus in corpora]
     if document_mask is None:
         document_mask = bool(recorded.get("document_mask", False))
+    if isinstance(model, str | Path):  # last: reading a large model takes longer than finding a mistake above
+        model = load_model(model, dtype="auto" if torch.cuda.is_available() else "float32")
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
     return evaluate_streams(model, streams, sequence_length, batch_tokens, max_tokens, document_mask)
 
 
@@ -125,15 +136,17 @@ def evaluate_streams(
     model.eval()
     domains: dict[str, DomainScore] = {}
     routing: dict[str, dict[str, list[LayerRouting]]] = {}
-    for stream in streams:
-        statistics = router_statistics(model.config) if is_mixture(model.config) else {}
-        domains[stream.name] = _score(
-            model, stream, sequence_length, batch_tokens, max_tokens, document_mask, statistics
-        )
-        for kind, counted in statistics.items():
-            if layers := counted.layers():
-                routing.setdefault(kind, {})[stream.name] = layers
-    model.train(was_training)
+    try:
+        for stream in streams:
+            statistics = router_statistics(model.config) if is_mixture(model.config) else {}
+            domains[stream.name] = _score(
+                model, stream, sequence_length, batch_tokens, max_tokens, document_mask, statistics
+            )
+            for kind, counted in statistics.items():
+                if layers := counted.layers():
+                    routing.setdefault(kind, {})[stream.name] = layers
+    finally:
+        model.train(was_training)
     return Evaluation(
         domains=domains,
         average_perplexity=float(np.mean([score.perplexity for score in domains.values()])),
@@ -173,8 +186,13 @@ def _score(
     if num_bytes == 0:
         raise DataError(f"corpus {stream.name!r} is too short to score: the first token of a text has no context")
     log_perplexity = nats / tokens
+    if not math.isfinite(log_perplexity):
+        raise CheckpointError(
+            f"corpus {stream.name!r}: the model's log perplexity is {log_perplexity}; its weights hold NaN or Inf, or "
+            f"its activations overflow in {model.dtype}"
+        )
     return DomainScore(
-        perplexity=math.exp(log_perplexity) if log_perplexity < 700 else math.inf,
+        perplexity=math.exp(min(log_perplexity, MAX_LOG_PERPLEXITY)),
         log_perplexity=log_perplexity,
         bits_per_byte=nats / math.log(2) / num_bytes,
         tokens=tokens,

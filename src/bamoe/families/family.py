@@ -36,6 +36,8 @@ STANDARD_NAMES: Mapping[str, str] = {
 
 # The types that transformers' LlamaRotaryEmbedding, which the mixture uses, can compute.
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+# More than any model has, and few enough that a list of all tensors is cheap.
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,9 @@ class DenseFamily:
         """
         from transformers import CONFIG_MAPPING
 
+        layers = config.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > _MOST_LAYERS:
+            raise CompatibilityError(f"num_hidden_layers is {layers}, more than the {_MOST_LAYERS} that are supported")
         try:
             # A copy, since transformers completes the rope parameters in place.
             return CONFIG_MAPPING[self.model_type].from_dict(copy.deepcopy(config))
@@ -92,11 +97,11 @@ class DenseFamily:
             "hidden_act": config.hidden_act,
             "max_position_embeddings": config.max_position_embeddings,
             "initializer_range": config.initializer_range,
-            "pad_token_id": config.pad_token_id,
+            "pad_token_id": None if has_alien_padding(config) else config.pad_token_id,
             "bos_token_id": config.bos_token_id,
             "eos_token_id": config.eos_token_id,
             "tie_word_embeddings": config.tie_word_embeddings,
-            "rope_parameters": copy.deepcopy(config.rope_parameters),
+            "rope_parameters": _rope_parameters(config),
             "rope_interleaved": self.rope_interleaved,
             "sliding_window": sliding_window,
             "layer_types": layer_types,
@@ -179,6 +184,26 @@ class DenseFamily:
             elif kind == "sliding_attention" and sliding_window is None:
                 found.append("layer_types has 'sliding_attention' but sliding_window is not set")
         return found
+
+
+def has_alien_padding(config: Config) -> bool:
+    """Whether the padding id lies outside the vocabulary, as in old Llama models: -1, or a token never embedded."""
+    return config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size
+
+
+def rotates_by_length(rope: Mapping[str, Any] | None) -> bool:
+    """Whether max_position_embeddings changes the rotation (`modeling_rope_utils` of transformers)."""
+    rope = rope or {}
+    if rope.get("rope_type") in ("yarn", "longrope"):
+        return not (rope.get("factor") and rope.get("original_max_position_embeddings"))
+    return rope.get("rope_type") == "dynamic"
+
+
+def _rope_parameters(config: Config) -> dict[str, Any] | None:
+    rope = copy.deepcopy(config.rope_parameters)
+    if rope and "rope_type" in rope:
+        rope.pop("type", None)  # the older spelling, which transformers leaves beside the newer
+    return rope
 
 
 def _head_dim(config: Config) -> int:

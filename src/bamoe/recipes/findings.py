@@ -35,7 +35,7 @@ DIFFERENCES = (
     ),
     Difference(
         "rope",
-        ("rope_parameters", "rope_interleaved"),
+        ("rope_parameters", "rope_interleaved", "max_position_embeddings"),
         "all experts rotate alike: choose experts with the seed's rope parameters",
     ),
     Difference(

@@ -11,7 +11,7 @@ import torch
 from bamoe.checkpoints.loading import load_config
 from bamoe.checkpoints.provenance import PROVENANCE_FILE
 from bamoe.checkpoints.reader import CheckpointReader, resolve
-from bamoe.errors import CheckpointError, ConfigError
+from bamoe.errors import BamoeError, CheckpointError, CompatibilityError, ConfigError
 from bamoe.families import family_of
 from bamoe.modeling.configuration_bamoe import BamoeConfig
 from bamoe.modeling.costs import count_parameters, flops_per_token, kv_cache_bytes_per_token
@@ -62,8 +62,13 @@ def inspect(source: str | Path, context: int | None = None) -> dict[str, Any]:
 
 def _dense_config(raw: dict[str, Any]) -> BamoeConfig:
     family = family_of(raw)
-    fields = family.translate(family.read_config(raw))
-    return BamoeConfig(**fields, num_attention_experts=1, num_experts=1)
+    try:
+        fields = family.translate(family.read_config(raw))
+        return BamoeConfig(**fields, num_attention_experts=1, num_experts=1)
+    except BamoeError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        raise CompatibilityError(f"config.json has values that no {family.model_type} model has: {error}") from error
 
 
 def _experts(config: BamoeConfig) -> dict[str, Any]:

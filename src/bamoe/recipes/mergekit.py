@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from bamoe.errors import ConfigError
-from bamoe.recipes.schema import ExpertRecipe, FeedForwardRecipe, Recipe, SharedWeightsRecipe
+from bamoe.recipes.schema import Count, ExpertRecipe, FeedForwardRecipe, Recipe, SharedWeightsRecipe
 from bamoe.schema import StrictModel, parse, read_yaml
 
 
@@ -29,7 +30,7 @@ class MergekitRecipe(StrictModel):
     experts: list[MergekitExpert] = Field(min_length=1)
     gate_mode: str = "hidden"
     dtype: str | None = None
-    experts_per_token: PositiveInt = 2
+    experts_per_token: Count = 2
     shared_experts: list[MergekitExpert] | None = None
     architecture: str | None = None
 
@@ -120,7 +121,7 @@ def _reference_problems(key: str, reference: Any) -> list[str]:
     """mergekit also writes models as mappings, `model+adapter` and `model@revision`."""
     if not isinstance(reference, str) or not reference:
         return [f"{key}: give a directory or a hub id as plain text (found {reference!r})"]
-    if Path(reference).exists():
+    if os.path.exists(reference):  # unlike Path.exists, false for a name too long to be a path
         return []
     if "+" in reference:
         return [f"{key}: {reference!r} adds a LoRA adapter: merge it into the model first, and name the result"]

@@ -15,10 +15,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from bamoe.checkpoints.plan import SUPPORTED_DTYPES
+from bamoe.checkpoints.plan import SUPPORTED_DTYPES, is_finite
 from bamoe.checkpoints.reader import CONFIG_FILE, CheckpointReader, TensorInfo, resolve
 from bamoe.errors import CheckpointError
 from bamoe.families import DenseFamily, family_of
+from bamoe.families.family import has_alien_padding, rotates_by_length
 from bamoe.recipes.findings import DIFFERENCES, Difference, Findings, check_allow
 from bamoe.recipes.schema import Recipe
 from bamoe.recipes.sources import SEED_LABEL, Sources, expert_label
@@ -69,28 +70,6 @@ def open_checked(recipe: Recipe, allow: Collection[str] = ()) -> tuple[Sources, 
     return Sources(opened[SEED_LABEL], experts), findings
 
 
-def check_sources(
-    recipe: Recipe, seed: CheckpointReader, experts: Mapping[str, CheckpointReader], allow: Collection[str] = ()
-) -> Findings:
-    """Compare every expert with the seed, and every checkpoint with its own config.
-
-    Raises:
-        ConfigError: `allow` names a class that cannot be overridden.
-    """
-    check_allow(allow)
-    findings = Findings()
-    models = [
-        _understand(label, reader.path, reader.config, reader.tensors, findings)
-        for label, reader in _labelled(seed, experts).items()
-    ]
-    _compare(recipe, models, findings, allow)
-    return findings
-
-
-def _labelled(seed: CheckpointReader, experts: Mapping[str, CheckpointReader]) -> dict[str, CheckpointReader]:
-    return {SEED_LABEL: seed} | {expert_label(name): reader for name, reader in experts.items()}
-
-
 def _compare(recipe: Recipe, models: list[_Model], findings: Findings, allow: Collection[str]) -> None:
     for model in models:
         _check_tensors(model, findings, allow)
@@ -131,7 +110,8 @@ def scan_values(
     """Look for NaN and infinite weights in every checkpoint; `progress` is told the bytes of each slice read."""
     findings = Findings()
     seen: set[Path] = set()
-    for label, reader in _labelled(seed, experts).items():
+    labelled = Sources(seed, dict(experts)).labelled()
+    for label, reader in labelled.items():
         if (path := reader.path.resolve()) in seen:  # the seed is often one of the experts
             continue
         seen.add(path)
@@ -152,8 +132,7 @@ def _is_finite(reader: CheckpointReader, name: str, progress: Callable[[int], No
     finite = True
     for start in range(0, rows, step):
         part = reader.read(name, start, min(start + step, rows))
-        # The extremes are NaN when any value is, and are found ten times faster than value by value.
-        finite = finite and (part.numel() == 0 or all(bool(value.isfinite()) for value in part.aminmax()))
+        finite = finite and is_finite(part)
         if progress is not None:
             progress(part.nbytes)
     return finite
@@ -168,11 +147,18 @@ def _understand(
         config = family.read_config(raw)
         refusals = family.refusals(config)
         dense = family.translate(config)
-    except (TypeError, ValueError) as error:  # BamoeErrors, and values that no config should have
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        # Not only BamoeErrors: values that no config should have fail in many ways.
         findings.refuse("unsupported", f"{label}: config.json: {error}")
         return _Model(label, path, tensors)
     for refusal in refusals:
         findings.refuse("unsupported", f"{label}: {refusal}")
+    if has_alien_padding(config):
+        findings.warn(
+            "special-ids",
+            f"{label}: pad_token_id {config.pad_token_id} is outside the vocabulary of {config.vocab_size}, so it is "
+            "taken as none",
+        )
     if not refusals:
         _check_dense_config(label, dense, findings)
     return _Model(label, path, tensors, family, config, dense)
@@ -182,7 +168,7 @@ def _understand_config_only(label: str, path: Path, findings: Findings) -> _Mode
     """A checkpoint whose weights cannot be read, so that the report also has what its config says."""
     try:
         raw = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raw = None
     if not isinstance(raw, dict):
         return _Model(label, path, None)
@@ -190,12 +176,22 @@ def _understand_config_only(label: str, path: Path, findings: Findings) -> _Mode
 
 
 def _check_dense_config(label: str, dense: Mapping[str, Any], findings: Findings) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
     from bamoe.modeling.configuration_bamoe import BamoeConfig
 
     try:
-        BamoeConfig(**dense, num_attention_experts=1, num_experts=1)
+        config = BamoeConfig(**dense, num_attention_experts=1, num_experts=1)
     except ValueError as error:
         findings.refuse("unsupported", f"{label}: {error}")
+        return
+    try:
+        rotates = bool(LlamaRotaryEmbedding(config).inv_freq.isfinite().all())
+    except Exception:  # transformers only warns of values that it cannot compute with
+        rotates = False
+    if not rotates:
+        seen = json.dumps(dense["rope_parameters"])
+        findings.refuse("unsupported", f"{label}: rope_parameters {seen} give no rotation: mend the config")
 
 
 def _check_tensors(model: _Model, findings: Findings, allow: Collection[str]) -> None:
@@ -245,7 +241,7 @@ def _check_difference(difference: Difference, models: list[_Model], findings: Fi
     understood = [model for model in models if model.dense]
     if not understood or understood[0].label != SEED_LABEL:
         return
-    values = {model.label: [_normal(model.dense[name]) for name in difference.fields] for model in understood}
+    values = {model.label: [_compared(model.dense, name) for name in difference.fields] for model in understood}
     different = [label for label, value in values.items() if value != values[SEED_LABEL]]
     if different:
         fields = [
@@ -256,6 +252,12 @@ def _check_difference(difference: Difference, models: list[_Model], findings: Fi
             for label in (SEED_LABEL, *different)
         )
         findings.refuse(difference.name, f"{seen}: {difference.remedy}", allow)
+
+
+def _compared(dense: Mapping[str, Any], name: str) -> Any:
+    if name == "max_position_embeddings" and not rotates_by_length(dense["rope_parameters"]):
+        return None
+    return _normal(dense[name])
 
 
 def _normal(value: Any) -> Any:

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from bamoe.schema import StrictModel, load, parse
+
+
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("give a number")
+    return value
+
+
+# Strict: pydantic would read `true` as 1.
+Count = Annotated[int, Field(strict=True, ge=1, le=10_000)]
+Number = Annotated[float, BeforeValidator(_no_truth_value), Field(allow_inf_nan=False)]
 
 
 class ExpertRecipe(StrictModel):
@@ -15,7 +26,7 @@ class ExpertRecipe(StrictModel):
 
     name: str = Field(min_length=1)
     model: str = Field(min_length=1, description="a directory, or a hub id")
-    copies: PositiveInt = 1
+    copies: Count = 1
 
 
 class AttentionRecipe(StrictModel):
@@ -26,7 +37,7 @@ class AttentionRecipe(StrictModel):
         "mean", description="where shared keys and values come from: the mean of the experts, or the seed"
     )
     routing: Literal["soft", "top_k"] = "soft"
-    num_experts_per_tok: PositiveInt | None = None
+    num_experts_per_tok: Count | None = None
     norm_topk_prob: bool = False
 
 
@@ -34,17 +45,17 @@ class FeedForwardRecipe(StrictModel):
     """How feed-forward experts are routed. A value left out is the recipe's own (see `Recipe`)."""
 
     routing: Literal["top_k", "soft"] = "top_k"
-    num_experts_per_tok: PositiveInt | None = None
+    num_experts_per_tok: Count | None = None
     norm_topk_prob: bool | None = None
-    routed_scaling_factor: float = Field(1.0, gt=0)
+    routed_scaling_factor: Number = Field(1.0, gt=0, le=10_000)
 
 
 class RouterRecipe(StrictModel):
     """How router weights start."""
 
     init: Literal["random"] = "random"
-    std: float = Field(0.02, ge=0)
-    seed: int = Field(0, ge=0)
+    std: Number = Field(0.02, ge=0, le=1000)
+    seed: int = Field(0, strict=True, ge=0, le=2**63 - 1)
 
 
 class SharedWeightsRecipe(StrictModel):
@@ -64,7 +75,7 @@ class Recipe(StrictModel):
     recipe: Literal["bam", "btx", "sparse"]
     seed: str = Field(min_length=1, description="config, tokenizer and lineage: a directory, or a hub id")
     experts: list[ExpertRecipe] = Field(default_factory=list)
-    num_experts: PositiveInt | None = None
+    num_experts: Count | None = None
     attention: AttentionRecipe | None = None
     feed_forward: FeedForwardRecipe = Field(default_factory=FeedForwardRecipe)
     router: RouterRecipe = Field(default_factory=RouterRecipe)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -24,6 +25,7 @@ from bamoe.checkpoints.plan import (
     Source,
     Unused,
     as_rows,
+    distinct,
 )
 from bamoe.checkpoints.reader import CheckpointReader
 from bamoe.errors import CompatibilityError
@@ -124,12 +126,23 @@ def build_plan(
         CompatibilityError: the seed is stored in a dtype that a mixture is not written in, and the recipe names none.
     """
     dense = family.read_config(seed.config)
-    planner = _Planner(recipe, family, family.shapes(dense), config, target_dtype(recipe, seed, family))
-    tensors = tuple(planner.tensors())
+    dtype, first_labels = target_dtype(recipe, seed, family), _first_labels(experts)
+    tensors = tuple(_Planner(recipe, family, family.shapes(dense), config, dtype, first_labels).tensors())
     used = {source for tensor in tensors for source in tensor.operation.sources}
-    labelled = {SEED_LABEL: seed} | {expert_label(name): reader for name, reader in experts.items()}
-    unused = (entry for label, reader in labelled.items() for entry in _unused(label, reader, family, used))
+    unused = list(_unused(SEED_LABEL, SEED_LABEL, seed, family, used))
+    for name, reader in experts.items():
+        label = expert_label(name)
+        unused += _unused(label, first_labels[label], reader, family, used)
     return Plan(tensors, tuple(unused))
+
+
+def _first_labels(experts: Mapping[str, CheckpointReader]) -> dict[str, str]:
+    """Each expert's label with that of the first expert of the same directory; its own, for most."""
+    first: dict[Path, str] = {}
+    return {
+        expert_label(name): first.setdefault(reader.path.resolve(), expert_label(name))
+        for name, reader in experts.items()
+    }
 
 
 def target_dtype(recipe: Recipe, seed: CheckpointReader, family: DenseFamily) -> torch.dtype:
@@ -143,7 +156,9 @@ def target_dtype(recipe: Recipe, seed: CheckpointReader, family: DenseFamily) ->
     return embedding.dtype
 
 
-def _unused(label: str, reader: CheckpointReader, family: DenseFamily, used: set[Source]) -> Iterator[Unused]:
+def _unused(
+    label: str, first_label: str, reader: CheckpointReader, family: DenseFamily, used: set[Source]
+) -> Iterator[Unused]:
     dense = family.read_config(reader.config)
     expected, ignored = family.dense_tensors(dense), family.ignored(dense)
     for name in reader.tensors:
@@ -156,6 +171,8 @@ def _unused(label: str, reader: CheckpointReader, family: DenseFamily, used: set
             yield Unused(source, f"has no place in a {family.model_type} model of this config")
         elif label == SEED_LABEL:
             yield Unused(source, "the experts' tensors are used; the seed gives config and tokenizer")
+        elif Source(first_label, name) in used:
+            yield Unused(source, f"the same model as {first_label}, and a mean counts it once")
         else:
             yield Unused(source, "the seed's tensor is used")
 
@@ -167,6 +184,7 @@ class _Planner:
     shapes: Mapping[str, Shape]  # of one dense model, by role
     config: BamoeConfig
     dtype: torch.dtype
+    first_labels: Mapping[str, str]
 
     @property
     def seats(self) -> list[str]:
@@ -197,8 +215,7 @@ class _Planner:
         if way == "stack":
             operation = self._stack(role, layer)
         elif way == "mean":
-            labels = [expert_label(expert.name) for expert in self.recipe.experts]
-            operation = Mean(tuple(self._source(label, role, layer) for label in labels))
+            operation = Mean(distinct(self._source(label, role, layer) for label in self.first_labels.values()))
         else:
             operation = Rows((self._whole(SEED_LABEL, role, layer),))
         name = _TARGETS[role].format(layer=layer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from os.path import isfile  # unlike Path.is_file, false for a path too long or closed
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class TokenizerComparison:
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether a checkpoint directory carries a tokenizer."""
-    return any((directory / name).is_file() for name in _FILES)
+    return any(isfile(directory / name) for name in _FILES)
 
 
 def compare_tokenizers(seed: Path, other: Path) -> TokenizerComparison:
@@ -51,7 +52,7 @@ def compare_tokenizers(seed: Path, other: Path) -> TokenizerComparison:
 def chat_template(directory: Path) -> Any:
     """The chat template of a checkpoint, or None."""
     path = directory / "chat_template.jinja"
-    if path.is_file():
+    if isfile(path):
         return _read_text(path)
     return _read_json(directory / "tokenizer_config.json").get("chat_template")
 
@@ -64,20 +65,21 @@ def text_frame(directory: Path) -> Any:
 def _parts(directory: Path) -> dict[str, Any]:
     """The comparable parts of a tokenizer, by the name a reader of the report knows them under."""
     parts: dict[str, Any] = {}
-    if (directory / "tokenizer.json").is_file():
+    if isfile(directory / "tokenizer.json"):
+        data = _read_json(directory / "tokenizer.json")
         try:
-            parts |= _parts_of_tokenizer_json(_read_json(directory / "tokenizer.json"))
-        except (AttributeError, KeyError, TypeError) as error:
+            parts |= _parts_of_tokenizer_json(data)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise CheckpointError(f"{directory / 'tokenizer.json'} has no form known here: {error!r}") from error
-    elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+    elif isfile(directory / "vocab.json") and isfile(directory / "merges.txt"):
         parts["token-to-id map"] = _read_json(directory / "vocab.json") | _added_tokens(directory)
         lines = _read_text(directory / "merges.txt").splitlines()
         parts["merges"] = [tuple(line.split(" ", 1)) for line in lines if line and not line.startswith("#version")]
-    elif (directory / "vocab.txt").is_file():
+    elif isfile(directory / "vocab.txt"):
         tokens = _read_text(directory / "vocab.txt").splitlines()
         parts["token-to-id map"] = {token: i for i, token in enumerate(tokens)} | _added_tokens(directory)
-    if (directory / "tokenizer.model").is_file():
-        content = (directory / "tokenizer.model").read_bytes()
+    if isfile(directory / "tokenizer.model"):
+        content = _read_bytes(directory / "tokenizer.model")
         parts["SentencePiece model"] = f"SHA-256 {hashlib.sha256(content).hexdigest()[:12]}"
     return parts
 
@@ -134,11 +136,12 @@ def _short(value: Any) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, empty when there is no such file."""
-    if not path.is_file():
+    if not isfile(path):
         return {}
+    text = _read_text(path)
     try:
-        data = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}; fetch or save the tokenizer again") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} should hold a JSON object, found {type(data).__name__}")
@@ -149,4 +152,11 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error

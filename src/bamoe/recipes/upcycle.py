@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from bamoe.checkpoints.directory import atomic_directory, refuse_existing
-from bamoe.checkpoints.plan import Plan, ReadRows, Shape, Source, as_rows, pieces
+from bamoe.checkpoints.plan import Plan, ReadRows, Shape, Source, as_rows, is_finite, pieces
 from bamoe.checkpoints.provenance import PROVENANCE_FILE, provenance
 from bamoe.checkpoints.reader import GENERATION_CONFIG_FILE, TOKENIZER_FILES
 from bamoe.checkpoints.writer import ShardedWriter, parse_size
 from bamoe.errors import CheckpointError, ConfigError
 from bamoe.families import DenseFamily, family_of
+from bamoe.families.family import has_alien_padding
 from bamoe.recipes.findings import Findings
 from bamoe.recipes.mergekit import read_recipe
 from bamoe.recipes.preflight import check_disk, open_checked
@@ -140,8 +140,7 @@ def finite_rows(sources: Sources) -> ReadRows:
     def read(source: Source, start: int, stop: int) -> torch.Tensor:
         reader = readers[source.checkpoint]
         values = reader.read(source.tensor, start, stop)
-        # NaN spreads into both extremes; ten times cheaper than a mask of finite values.
-        if values.numel() and not all(extreme.isfinite() for extreme in values.aminmax()):
+        if not is_finite(values):
             raise CheckpointError(
                 f"{source.checkpoint} ({reader.path}): NaN or infinite values in {source.tensor}; save the model "
                 "again, or choose another (--check looks for all such tensors)"
@@ -187,7 +186,9 @@ def _write_companions(build: Build, directory: Path) -> None:
 
     for name in (*TOKENIZER_FILES, GENERATION_CONFIG_FILE):
         if (path := build.sources.seed.path / name).is_file():
-            shutil.copyfile(path, directory / name)
+            _copy(path, directory / name)
+    if has_alien_padding(build.family.read_config(build.sources.seed.config)):
+        _drop_padding(directory / GENERATION_CONFIG_FILE)
     named = {SEED_LABEL: build.recipe.seed}
     named |= {expert_label(expert.name): expert.model for expert in build.recipe.experts}
     overrides = [str(finding) for finding in build.findings.overridden]
@@ -201,6 +202,22 @@ def _write_companions(build: Build, directory: Path) -> None:
     (directory / PROVENANCE_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     card = model_card(build.recipe, build.config, hashes, overrides)
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot be read ({error.strerror}); see that you may read it") from error
+    target.write_bytes(content)
+
+
+def _drop_padding(generation_config: Path) -> None:
+    """Generation would embed this padding id, which has no embedding, after the end of a sequence."""
+    if generation_config.is_file():
+        content = json.loads(generation_config.read_text(encoding="utf-8"))
+        content.pop("pad_token_id", None)
+        generation_config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _refuse_source_inside(out: Path, sources: Sources) -> None:

@@ -63,7 +63,7 @@ class TrainConfig(StrictModel):
     schedule: Schedule = Field(default_factory=Schedule)
     seed: int = Field(0, ge=0, lt=2**32)
 
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = Field(1.0, ge=0, description="0 does not clip")
     micro_batch_tokens: PositiveInt | None = Field(
@@ -73,8 +73,8 @@ class TrainConfig(StrictModel):
     autocast: Literal["bfloat16"] | None = Field(None, description="compute in bfloat16 with float32 weights")
     gradient_checkpointing: bool = False
     document_mask: bool = Field(False, description="documents packed into one block do not see each other")
-    router_aux_loss_coef: float | None = Field(None, ge=0, description="default: the model's")
-    router_z_loss_coef: float | None = Field(None, ge=0, description="default: the model's")
+    router_aux_loss_coef: float | None = Field(None, ge=0, allow_inf_nan=False, description="default: the model's")
+    router_z_loss_coef: float | None = Field(None, ge=0, allow_inf_nan=False, description="default: the model's")
 
     validation: list[Corpus] = Field(default_factory=list)
     evaluate_every_tokens: PositiveInt | None = Field(None, description="default: at the end only")

@@ -48,14 +48,15 @@ def train(
         callbacks: further callbacks for transformers' Trainer.
 
     Raises:
-        BamoeError: a config, model, corpus or output directory that cannot be used, or a loss that is not a number.
+        BamoeError: a config, model, corpus or output directory that cannot be used, or a loss or weights that are no
+            longer numbers.
     """
     config = TrainConfig.read(config)
     folder = RunFolder(Path(config.output).expanduser())
     recorded = config.model_dump(mode="json")
     folder.check(recorded, resume, force)
 
-    from bamoe.checkpoints.loading import load_config, load_model, load_tokenizer
+    from bamoe.checkpoints.loading import check_vocabulary, load_config, load_model, load_tokenizer
     from bamoe.checkpoints.provenance import PROVENANCE_FILE
     from bamoe.checkpoints.reader import resolve
     from bamoe.data.packing import PackedMixture
@@ -65,11 +66,7 @@ def train(
     model_config = load_config(config.model)
     _check_model(config, model_config)
     tokenizer = load_tokenizer(config.model)
-    if len(tokenizer) > model_config.vocab_size:
-        raise ConfigError(
-            f"{config.model}: the tokenizer has {len(tokenizer)} tokens and the model {model_config.vocab_size}; "
-            "use the tokenizer that belongs to the model"
-        )
+    check_vocabulary(tokenizer, model_config)
     arguments = _training_arguments(config, folder)
     # One process tokenises, the others find its result in the cache of `datasets`.
     with arguments.main_process_first(desc="reading the corpora"):
@@ -100,8 +97,8 @@ def train(
         validation,
         [
             RunLog(folder.checkpoints / TRAINING_LOG),
-            StopOnDivergence(),
             *(callbacks or []),
+            StopOnDivergence(),  # last: it looks at what the others leave, and at what they ask to be saved
         ],
     )
     checkpoint = folder.last_checkpoint()
@@ -146,10 +143,10 @@ def _check_model(config: TrainConfig, model_config: PreTrainedConfig) -> None:
         raise ConfigError(
             f"sequence_length ({config.sequence_length}) is more than the {longest} positions of {config.model}"
         )
-    if router := getattr(model_config, "has_task_blind_router", None):
+    if routers := getattr(model_config, "task_blind_routers", None):
         from bamoe.modeling.configuration_bamoe import task_blind_message
 
-        raise ConfigError(f"{config.model} cannot be trained: {task_blind_message(router)}")
+        raise ConfigError(f"{config.model} cannot be trained: {task_blind_message(routers)}")
     coefficients = [
         name for name in ("router_aux_loss_coef", "router_z_loss_coef") if getattr(config, name) is not None
     ]

@@ -156,7 +156,7 @@ class BlockTrainer(Trainer):
             self.model,
             eval_dataset or self.eval_dataset,
             self.config.sequence_length,
-            batch_tokens=self.config.micro_batch_tokens or self.config.batch_tokens,
+            batch_tokens=self.args.per_device_train_batch_size * self.config.sequence_length,
             document_mask=self.config.document_mask,
         )
         metrics = {
@@ -195,7 +195,23 @@ class RunLog(TrainerCallback):
 
 
 class StopOnDivergence(TrainerCallback):
-    """Ends a run whose loss is no longer a number, before a checkpoint of it is written."""
+    """Ends a run that diverged: at a logged loss that is not finite, and before such weights are evaluated or saved.
+
+    So the weights of every checkpoint and of the final model are finite. Every process holds all the weights and logs
+    the mean loss, so all of them stop at the same step.
+    """
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        used = control.should_save or control.should_evaluate or state.global_step >= state.max_steps
+        if used and model is not None and not _all_finite(model):
+            raise _diverged("the weights hold NaN or Inf", state)
 
     def on_log(
         self,
@@ -207,10 +223,7 @@ class StopOnDivergence(TrainerCallback):
     ) -> None:
         loss = (logs or {}).get("loss", 0.0)
         if not math.isfinite(loss):
-            raise BamoeError(
-                f"the loss is {loss} at step {state.global_step}: training diverged; lower learning_rate, or lengthen "
-                "schedule.warmup_tokens"
-            )
+            raise _diverged(f"the loss is {loss}", state)
 
 
 class ProgressBar(ProgressCallback):
@@ -227,6 +240,19 @@ class ProgressBar(ProgressCallback):
         shown = ("loss", "aux_loss", "eval_average_perplexity")
         if self.training_bar is not None:
             self.training_bar.set_postfix({key: f"{value:.4g}" for key, value in (logs or {}).items() if key in shown})
+
+
+@torch.no_grad()
+def _all_finite(model: torch.nn.Module) -> bool:
+    # One answer fetched from the device, not one per parameter.
+    return bool(torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all())
+
+
+def _diverged(what: str, state: TrainerState) -> BamoeError:
+    return BamoeError(
+        f"{what} at step {state.global_step}: training diverged; lower learning_rate, or lengthen "
+        "schedule.warmup_tokens"
+    )
 
 
 def _line(entry: dict[str, Any]) -> str:
