@@ -47,7 +47,9 @@ def read_yaml(path: str | Path) -> Any:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)
@@ -82,6 +84,8 @@ def _describe(problem: Any, model: type[BaseModel]) -> str:
         return f"unknown key {location!r}; {hint}"
     if problem["type"] == "missing":
         return f"missing key {location!r}"
+    if problem["type"] == "model_type":
+        return f"{location}: expected keys and values (found {_shown(problem['input'])})"
     message = problem["msg"].removeprefix("Value error, ")
     if not location:
         return message

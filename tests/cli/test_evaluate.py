@@ -96,3 +96,18 @@ def test_mistakes_are_messages(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_an_unfinished_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "training_config.json").write_text("{}")
+    assert main(["evaluate", str(tmp_path / "run"), "--data", f"a={tmp_path}"]) == 1
+    assert "an unfinished training run; finish it with `bamoe train`" in capsys.readouterr().err
+
+
+def test_a_model_without_a_tokenizer_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense(tmp_path / "model")
+    for file in (tmp_path / "model").glob("*token*"):
+        file.unlink()
+    assert main(["evaluate", str(tmp_path / "model"), "--data", f"a={tmp_path}"]) == 1
+    assert "no tokenizer; copy tokenizer.json" in capsys.readouterr().err

@@ -1,11 +1,13 @@
 """`bamoe generate`: greedy, sampled, beams; from dense models and mixtures."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from bamoe.checkpoints.loading import load_model
+from bamoe.checkpoints.loading import load_config, load_model
 from bamoe.cli.main import main
 from tests.training.tiny import dense, mixture, tokenizer
 
@@ -68,3 +70,21 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, capsys: pytest.
     model = dense(tmp_path / "model", vocab_size=290)
     assert main(["generate", str(model), "the"]) == 1
     assert "the tokenizer has 300 tokens and the model 290" in capsys.readouterr().err
+
+
+def test_a_continuation_past_the_models_positions_is_warned_of(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = load_config(folder / "mixture").max_position_embeddings
+    assert main(["generate", str(folder / "mixture"), "a", "--max-new-tokens", str(limit + 1)]) == 0
+    assert f"the model is made for {limit}" in capsys.readouterr().err
+
+
+def test_a_model_of_nan_is_no_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "nan"
+    shutil.copytree(folder / "mixture", broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    assert main(["generate", str(broken), "a"]) == 1
+    assert "its logits are NaN or infinite" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bamoe.checkpoints.reader import CheckpointReader, resolve
+from bamoe.checkpoints.reader import TOKENIZER_FILES, CheckpointReader, resolve
 from bamoe.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     path = resolve(str(source))
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(f"{source}: no tokenizer; copy tokenizer.json and tokenizer_config.json there")
     try:
         # With the config at hand, transformers does not look for it through the checkpoint's own code.
         return AutoTokenizer.from_pretrained(path, config=load_config(path), trust_remote_code=False)

@@ -194,7 +194,9 @@ def resolve(source: str) -> Path:
     except (OSError, RuntimeError) as error:  # a name too long, a closed parent; no such user
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{source}: {reason}; give the directory of a saved model, or a hub id") from error
-    if is_directory:
+    if is_directory and source:
+        if not (local / CONFIG_FILE).exists() and (local / "checkpoints" / "training_config.json").exists():
+            raise CheckpointError(f"{source}: an unfinished training run; finish it with `bamoe train`")
         return local
     if exists or not _is_hub_id(source):
         raise CheckpointError(f"{source}: no such directory; give the directory of a saved model, or a hub id")

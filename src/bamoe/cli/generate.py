@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bamoe.errors import ConfigError
+from bamoe.errors import CheckpointError, ConfigError
 
 
 def generate(
@@ -50,9 +50,14 @@ def generate(
         if start is None:
             raise ConfigError("the tokenizer has no BOS or EOS token to start from; give a prompt")
         tokens = [start]
+    longest, made_for = len(tokens) + max_new_tokens, getattr(network.config, "max_position_embeddings", None)
+    if made_for is not None and longest > made_for:
+        typer.echo(f"warning: this may take {longest} tokens; the model is made for {made_for}", err=True)
     inputs = torch.tensor([tokens], device=network.device)
     greedy = temperature == 0 or not sampling
     torch.manual_seed(seed)
+    if not network(inputs[:, :1]).logits.isfinite().all():
+        raise CheckpointError(f"{model}: its logits are NaN or infinite; train or save it again")
     output = network.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
