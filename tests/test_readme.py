@@ -24,7 +24,7 @@ def blocks() -> list[tuple[str, str]]:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """A directory with the models and texts that the README names."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -57,21 +57,21 @@ def workplace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_commands_work_as_written(workplace):
+def test_the_commands_work_as_written(folder):
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    environment |= {"HF_MODULES_CACHE": str(workplace / "modules-cache"), "COLUMNS": "200"}
+    environment |= {"HF_MODULES_CACHE": str(folder / "modules-cache"), "COLUMNS": "200"}
     ran = []
     for language, text in blocks():
         if language == "yaml":
             name = re.match(r"# (\S+\.yaml)", text)[1]
-            (workplace / name).write_text(text, encoding="utf-8")
+            (folder / name).write_text(text, encoding="utf-8")
             continue
         if text.startswith("pip install"):
             continue  # the suite runs in an environment made by it
         command = ["bash", "-ec", text] if language == "bash" else [sys.executable, "-c", text]
         done = subprocess.run(
             command,
-            cwd=workplace,
+            cwd=folder,
             env=environment,
             capture_output=True,
             text=True,

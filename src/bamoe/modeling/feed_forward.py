@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.integrations.moe import (
     ExpertsInterface,
     grouped_mm_experts_forward,
@@ -90,3 +92,22 @@ class MixtureOfFeedForward(nn.Module):
         routed = self.gate(tokens)
         output = self.experts(tokens, routed.indices, routed.weights.to(tokens.dtype))
         return output.view_as(hidden_states), routed.logits
+
+
+# Checkpoints with one tensor per expert, as older mixtures have them, are read too.
+register_checkpoint_conversion_mapping(
+    BamoeConfig.model_type,
+    [
+        WeightConverter(
+            source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
+            target_patterns="mlp.experts.gate_up_proj",
+            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        WeightConverter(
+            source_patterns="mlp.experts.*.down_proj.weight",
+            target_patterns="mlp.experts.down_proj",
+            operations=[MergeModulelist(dim=0)],
+        ),
+    ],
+    overwrite=True,
+)

@@ -12,8 +12,6 @@ import torch.distributed as dist
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -381,24 +379,6 @@ class BamoeForCausalLM(BamoePreTrainedModel, GenerationMixin):
         if training:
             raise ValueError(task_blind_message(sorted(training)) + " To train the rest, freeze these routers.")
 
-
-# Checkpoints with one tensor per expert, as older mixtures have them, are read too.
-register_checkpoint_conversion_mapping(
-    BamoeConfig.model_type,
-    [
-        WeightConverter(
-            source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
-            target_patterns="mlp.experts.gate_up_proj",
-            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
-        ),
-        WeightConverter(
-            source_patterns="mlp.experts.*.down_proj.weight",
-            target_patterns="mlp.experts.down_proj",
-            operations=[MergeModulelist(dim=0)],
-        ),
-    ],
-    overwrite=True,
-)
 
 BamoeConfig.register_for_auto_class()
 BamoeModel.register_for_auto_class("AutoModel")
