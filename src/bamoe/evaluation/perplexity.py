@@ -22,7 +22,7 @@ from bamoe.checkpoints.loading import check_vocabulary, load_config, load_model,
 from bamoe.data.corpora import Corpus
 from bamoe.data.tokens import TokenStream, read_tokens
 from bamoe.errors import CheckpointError, ConfigError, DataError
-from bamoe.evaluation.routing import LayerRouting, is_mixture, router_statistics, update_statistics
+from bamoe.evaluation.routing import LayerRouting, router_statistics, update_statistics
 from bamoe.schema import parse
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def evaluate_streams(
     routing: dict[str, dict[str, list[LayerRouting]]] = {}
     try:
         for stream in streams:
-            statistics = router_statistics(model.config) if is_mixture(model.config) else {}
+            statistics = router_statistics(model.config)
             domains[stream.name] = _score(
                 model, stream, sequence_length, batch_tokens, max_tokens, document_mask, statistics
             )

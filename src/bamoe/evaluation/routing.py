@@ -91,7 +91,9 @@ def is_mixture(config: PreTrainedConfig) -> bool:
 
 
 def router_statistics(config: PreTrainedConfig) -> dict[str, RouterStatistics]:
-    """An empty `RouterStatistics` for each kind of router a mixture may have."""
+    """An empty `RouterStatistics` for each kind of router a mixture may have; nothing for a dense model."""
+    if not is_mixture(config):
+        return {}
     return {
         kind: RouterStatistics(getattr(config, top_k, None), bool(getattr(config, normalize, False)))
         for kind, (_, top_k, normalize) in ROUTERS.items()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from bamoe.recipes.schema import Recipe
-from bamoe.recipes.sources import SEED_LABEL, expert_label
+from bamoe.recipes.sources import named_sources
 
 if TYPE_CHECKING:
     from bamoe.modeling.configuration_bamoe import BamoeConfig
@@ -154,7 +154,7 @@ def _overridden(overridden: tuple[str, ...] | list[str]) -> str:
 
 
 def _sources(recipe: Recipe, hashes: Mapping[str, Mapping[str, str]]) -> str:
-    models = {SEED_LABEL: recipe.seed} | {expert_label(expert.name): expert.model for expert in recipe.experts}
+    models = named_sources(recipe)
     lines = ["## Sources", "", "| checkpoint | file | SHA-256 |", "|---|---|---|"]
     for label, files in hashes.items():
         name = f"{label}: `{models[label]}`" if label in models else label

@@ -22,7 +22,7 @@ from bamoe.families import DenseFamily, family_of
 from bamoe.families.family import has_alien_padding, rotates_by_length
 from bamoe.recipes.findings import DIFFERENCES, Difference, Findings, check_allow
 from bamoe.recipes.schema import Recipe
-from bamoe.recipes.sources import SEED_LABEL, Sources, expert_label
+from bamoe.recipes.sources import SEED_LABEL, Sources, expert_label, named_sources
 from bamoe.recipes.tokenizers import chat_template, compare_tokenizers, has_tokenizer, text_frame
 
 _SCAN_BYTES = 32 * 2**20
@@ -49,7 +49,7 @@ def open_checked(recipe: Recipe, allow: Collection[str] = ()) -> tuple[Sources, 
         CompatibilityError: every problem found, when a checkpoint cannot be opened.
     """
     check_allow(allow)
-    wanted = {SEED_LABEL: recipe.seed} | {expert_label(expert.name): expert.model for expert in recipe.experts}
+    wanted = named_sources(recipe)
     findings, models, opened = Findings(), [], {}
     for label, source in wanted.items():
         path = Path(source)

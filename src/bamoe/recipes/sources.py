@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from types import TracebackType
 
 from bamoe.checkpoints.reader import CheckpointReader
+from bamoe.recipes.schema import Recipe
 
 SEED_LABEL = "seed"
 
@@ -13,6 +13,11 @@ SEED_LABEL = "seed"
 def expert_label(name: str) -> str:
     """How plans and messages call an expert's checkpoint; an expert may itself be named seed."""
     return f"expert {name}"
+
+
+def named_sources(recipe: Recipe) -> dict[str, str]:
+    """The directory or hub id of every checkpoint of a recipe, by its label."""
+    return {SEED_LABEL: recipe.seed} | {expert_label(expert.name): expert.model for expert in recipe.experts}
 
 
 @dataclass
@@ -30,11 +35,3 @@ class Sources:
         """Release every memory map."""
         for reader in self.labelled().values():
             reader.close()
-
-    def __enter__(self) -> Sources:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

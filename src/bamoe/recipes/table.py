@@ -30,6 +30,7 @@ from bamoe.checkpoints.plan import (
 from bamoe.checkpoints.reader import CheckpointReader
 from bamoe.errors import CompatibilityError
 from bamoe.families import DenseFamily
+from bamoe.families.family import STANDARD_NAMES
 from bamoe.modeling.configuration_bamoe import BamoeConfig
 from bamoe.recipes.merging import Mean
 from bamoe.recipes.router_init import Normal
@@ -46,23 +47,10 @@ GROUPS: Mapping[Group, tuple[str, ...]] = {
     "rest": ("embedding", "final_norm", "head", "input_norm", "post_attention_norm"),
 }
 
-# Where each role goes in the mixture; routers and stacked feed-forward weights are added below.
-_TARGETS = {
-    "embedding": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
-    "input_norm": "model.layers.{layer}.input_layernorm.weight",
-    "post_attention_norm": "model.layers.{layer}.post_attention_layernorm.weight",
-    "query": "model.layers.{layer}.self_attn.q_proj.weight",
-    "query_bias": "model.layers.{layer}.self_attn.q_proj.bias",
-    "query_norm": "model.layers.{layer}.self_attn.q_norm.weight",
-    "key": "model.layers.{layer}.self_attn.k_proj.weight",
-    "key_bias": "model.layers.{layer}.self_attn.k_proj.bias",
-    "key_norm": "model.layers.{layer}.self_attn.k_norm.weight",
-    "value": "model.layers.{layer}.self_attn.v_proj.weight",
-    "value_bias": "model.layers.{layer}.self_attn.v_proj.bias",
-    "output": "model.layers.{layer}.self_attn.o_proj.weight",
-    "output_bias": "model.layers.{layer}.self_attn.output_bias",
+# Where each role goes in the mixture: under its usual name, but for the output bias, one per expert. Routers and
+# stacked feed-forward weights are added below.
+_TARGETS = {role: name for role, name in STANDARD_NAMES.items() if role not in GROUPS["feed_forward"]} | {
+    "output_bias": "model.layers.{layer}.self_attn.output_bias"
 }
 
 

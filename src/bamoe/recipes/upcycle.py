@@ -24,7 +24,7 @@ from bamoe.recipes.findings import Findings
 from bamoe.recipes.mergekit import read_recipe
 from bamoe.recipes.preflight import check_disk, open_checked
 from bamoe.recipes.schema import Recipe
-from bamoe.recipes.sources import SEED_LABEL, Sources, expert_label
+from bamoe.recipes.sources import Sources, named_sources
 from bamoe.recipes.table import build_plan, mixture_config
 
 if TYPE_CHECKING:
@@ -157,10 +157,10 @@ def write_config_and_code(config: BamoeConfig, directory: Path) -> None:
     """
     from transformers.dynamic_module_utils import custom_object_save
 
-    model = empty_model(config)
-    config.architectures = [type(model).__name__]
-    for part in (model, model.model):
-        custom_object_save(part, directory, config=config)
+    from bamoe.modeling.modeling_bamoe import BamoeForCausalLM
+
+    config.architectures = [BamoeForCausalLM.__name__]
+    custom_object_save(BamoeForCausalLM, directory)
     config.save_pretrained(directory)
 
 
@@ -189,8 +189,7 @@ def _write_companions(build: Build, directory: Path) -> None:
             _copy(path, directory / name)
     if has_alien_padding(build.family.read_config(build.sources.seed.config)):
         _drop_padding(directory / GENERATION_CONFIG_FILE)
-    named = {SEED_LABEL: build.recipe.seed}
-    named |= {expert_label(expert.name): expert.model for expert in build.recipe.experts}
+    named = named_sources(build.recipe)
     overrides = [str(finding) for finding in build.findings.overridden]
     origin = provenance(
         build.recipe.model_dump(),

@@ -27,7 +27,7 @@ from bamoe.data.packing import PackedMixture
 from bamoe.data.tokens import TokenStream
 from bamoe.errors import BamoeError
 from bamoe.evaluation.perplexity import evaluate_streams
-from bamoe.evaluation.routing import is_mixture, router_statistics, update_statistics
+from bamoe.evaluation.routing import router_statistics, update_statistics
 from bamoe.training.config import TrainConfig
 
 
@@ -72,7 +72,7 @@ class BlockTrainer(Trainer):
         callbacks: list[TrainerCallback],
     ) -> None:
         self.config = config
-        self.routers = router_statistics(model.config) if is_mixture(model.config) else {}
+        self.routers = router_statistics(model.config)
         self.router_losses: dict[str, list[torch.Tensor]] = {}
         super().__init__(
             model=model,
