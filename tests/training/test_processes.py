@@ -50,9 +50,16 @@ except BamoeError as error:
     Path(sys.argv[1]).with_name("seen-" + os.environ["RANK"]).write_text(json.dumps([max(rows), str(error)]))
 """
 
+# Both are done; gloo's threads can deadlock while two processes take each other's connections down.
+LEAVE = """
+import os
+torch.distributed.barrier()
+os._exit(0)
+"""
+
 
 def run_two(worker: str, tmp_path: Path, content: object) -> None:
-    (tmp_path / "worker.py").write_text(worker)
+    (tmp_path / "worker.py").write_text(worker + LEAVE)
     (tmp_path / "content.json").write_text(json.dumps(content))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     finished = subprocess.run(
@@ -61,6 +68,7 @@ def run_two(worker: str, tmp_path: Path, content: object) -> None:
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
     assert finished.returncode == 0, finished.stderr
 
