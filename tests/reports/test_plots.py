@@ -1,29 +1,38 @@
-"""Plots: the PNG is drawn, with what was given."""
+"""Plots: every look differs, the SVG has a dark theme of its own, heat maps fit."""
 
-import numpy as np
-from matplotlib.image import imread
-
-from bamoe.reports.plots import Curve, Panel, training_curves
+from bamoe.reports.heat_maps import HeatMap, heat_maps_svg
+from bamoe.reports.plots import Curve, Panel, curve_looks, panel_svg
 
 
-def colours(path):
-    pixels = (imread(path)[..., :3] * 255).round().astype(int).reshape(-1, 3)
-    return {"#{:02X}{:02X}{:02X}".format(*pixel) for pixel in np.unique(pixels, axis=0)}
+def test_many_names_all_look_different():
+    looks = curve_looks(f"row {index}" for index in range(40))
+    assert len({str(look) for look in looks.values()}) == 40
 
 
-def test_training_curves_draws_every_panel_and_curve(tmp_path):
-    x = [0.0, 1.0, 2.0]
-    first = Panel("first", "x", "y", [Curve("context", x, [9, 8, 7], faint=True), Curve("one", x, [9, 5, 3])])
-    second = Panel("second", "x", "y", [Curve("two", x, [2, 2, 2]), Curve("one", x, [1, 4, 9])], log_scale=True)
-    both = training_curves([first, second], tmp_path / "both.png")
-    alone = training_curves([first], tmp_path / "alone.png")
-    assert imread(both).shape[1] == 2 * imread(alone).shape[1]
-    # On a white page: the faint curve in grey, "one" in the palette's first colour, "two" only where it is drawn.
-    assert {"#FFFFFF", "#A6A6A6", "#0072B2"} <= colours(alone)
-    assert "#D55E00" not in colours(alone)
-    assert "#D55E00" in colours(both)
+def test_an_svg_recolours_itself_on_a_dark_page_and_names_the_range():
+    curve = Curve("_one $x$", [1.0, 2.0], [2.0, 3.0], low=[1.5, 2.5], high=[2.5, 3.5])
+    drawn = panel_svg(Panel("a", "x", "y", [curve]), curve_looks(["_one $x$"])).decode()
+    assert "prefers-color-scheme: dark" in drawn
+    assert '[style*="stroke: #0072b2"]{stroke:#3D8FE8 !important}' in drawn
+    assert "<!--  _one $x$ -->" in drawn  # neither hidden nor read as mathematics
+    assert "opacity: 0.15" in drawn
+    alone = panel_svg(Panel("a", "x", "y", [Curve("b", [1.0], [2.0])]), curve_looks(["b"])).decode()
+    assert "opacity: 0.15" not in alone
 
 
-def test_one_point_is_enough(tmp_path):
-    panel = Panel("one", "x", "y", [Curve("a", [1.0], [2.0]), Curve("b", [1.0], [2.0], faint=True)], log_scale=True)
-    assert training_curves([panel], tmp_path / "point.png").stat().st_size > 1000
+def test_heat_maps_write_percentages_while_there_is_room():
+    shares = [[0.123, 0.877], [0.5, 0.5]]
+    drawn = heat_maps_svg([("row", [HeatMap("code", shares), HeatMap("law", shares[::-1])])]).decode()
+    assert drawn.count("<!-- 88 -->") == 2
+    wide = heat_maps_svg([("row", [HeatMap("code", [[1 / 16] * 16] * 12)])]).decode()
+    assert "<!-- 6 -->" in wide  # the sixth expert's or layer's own number
+    assert wide.count("<!-- 6 -->") < 12
+
+
+def test_more_maps_than_fit_side_by_side_take_another_line():
+    def height(count):
+        drawn = heat_maps_svg([("row", [HeatMap(str(index), [[0.5, 0.5]]) for index in range(count)])]).decode()
+        return float(drawn.split('height="')[1].split("pt")[0])
+
+    assert height(4) == height(1)
+    assert height(5) == height(8) == 2 * height(4)

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from bamoe.reports.table import Column, Table, amount
+from bamoe.reports.table import Column, Table, amount, byte_size, change, duration, signed
 
 COLUMNS = [Column("name", "model", "text"), Column("size", "size", "amount"), Column("loss", "loss", best="min")]
 RECORDS = [
@@ -34,6 +34,10 @@ def test_the_best_may_be_the_largest():
     assert "| 1.00 |" in markdown
 
 
+def test_one_row_alone_is_no_best():
+    assert "**" not in Table(COLUMNS, RECORDS[2:]).markdown()
+
+
 def test_a_terminal_of_80_characters_shows_every_number():
     names = [f"n{i}" for i in range(9)]
     columns = [Column("name", "model", "text"), *(Column(name, name * 3) for name in names)]
@@ -51,3 +55,32 @@ def test_a_terminal_of_80_characters_shows_every_number():
 )  # fmt: skip
 def test_amounts_have_three_significant_digits(value, text):
     assert amount(value) == text
+
+
+def test_text_is_no_markup():
+    record = {"name": "<b> $x$ [a](b) *c* _d_ flops_per_token", "command": "a | `b`"}
+    columns = [Column("name", "name", "text"), Column("command", "command", "code")]
+    assert Table(columns, [record]).markdown().splitlines()[-1] == (
+        "| &lt;b&gt; \\$x\\$ \\[a\\](b) \\*c\\* \\_d\\_ flops_per_token | `` a \\| `b` `` |"
+    )
+
+
+def test_differences_have_a_sign_and_zero_has_none():
+    assert [signed(value, 2) for value in (0.014, -0.016, -0.004, 0.0)] == [
+        "+0.01",
+        "\N{MINUS SIGN}0.02",
+        "0.00",
+        "0.00",
+    ]
+    assert (change(0.1234), change(-0.0004)) == ("+12.3%", "0.0%")
+
+
+@pytest.mark.parametrize(
+    ("write", "value", "text"),
+    [(byte_size, 0, "0 B"), (byte_size, 1023, "1023 B"), (byte_size, 4608, "4.5 KiB"),
+     (byte_size, 1020 * 1024, "1020 KiB"), (byte_size, 3 * 2**20, "3 MiB"),
+     (duration, 0.25, "0.25 s"), (duration, 61.4, "1 min 1 s"), (duration, 3599.7, "1 h 0 min"),
+     (duration, 100_000, "27 h 47 min")],
+)  # fmt: skip
+def test_bytes_and_times_have_units_that_keep_them_short(write, value, text):
+    assert write(value) == text
