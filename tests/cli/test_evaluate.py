@@ -78,6 +78,87 @@ def test_tables(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "attention routers" in table
 
 
+def test_routing_tables(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(arguments(folder, "mixture")) == 0
+    assert "mutual information" not in capsys.readouterr().out
+    assert main([*arguments(folder, "mixture"), "--routing"]) == 0
+    table = capsys.readouterr().out
+    data: dict[str, str | Path] = {name: folder / f"{name}.jsonl" for name in ("sea", "code")}
+    result = evaluate(folder / "mixture", data, sequence_length=16, specialization=True)
+    assert result.specialization is not None
+    for kind, layers in result.specialization.items():
+        assert f"{kind.replace('_', '-')} routers: mutual information" in table
+        for layer in layers:
+            assert f"{layer.domain_information:.4f}" in table
+            assert f"{layer.token_information:.4f}" in table
+            for tokens in layer.tokens:
+                assert not tokens or f"{tokens[0].text!r} {tokens[0].pmi:.2f}" in table
+    assert main([*arguments(folder, "mixture"), "--routing", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == result.to_dict()
+    assert main([*arguments(folder, "dense"), "--routing"]) == 0  # nothing to show
+    assert "routers" not in capsys.readouterr().out
+
+
+def test_a_collapsed_router_is_a_warning(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = load_model(folder / "mixture")
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.weight.zero_()  # the first expert wins every tie
+    model.save_pretrained(tmp_path / "collapsed")
+    tokenizer().save_pretrained(tmp_path / "collapsed")
+    data = arguments(folder, "dense")[2:]
+    assert main(["evaluate", str(tmp_path / "collapsed"), *data, "--json"]) == 0
+    shown = capsys.readouterr()
+    (problem,) = [line for line in json.loads(shown.out)["collapsed_routers"] if "layer 1" in line]
+    assert f"warning: {problem}\n" in shown.err
+    assert "the feed-forward router of layer 1 has collapsed: expert 0 gets 100.0%" in problem
+
+
+def test_bad_lines_are_skipped_where_asked(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.jsonl").write_bytes((folder / "sea.jsonl").read_bytes() + b"\xff\n{\n")
+    command = ["evaluate", str(folder / "dense"), "--data", f"sea={tmp_path / 'bad.jsonl'}", "--json"]
+    assert main(command) == 1
+    assert "bad.jsonl, line 6: not UTF-8 (byte 0xff at column 1)" in capsys.readouterr().err
+    assert main([*command, "--skip-bad-lines"]) == 0
+    shown = capsys.readouterr()
+    assert "warning: corpus 'sea': skipped 2 of the lines of" in shown.err
+    assert json.loads(shown.out)["domains"]["sea"]["tokens"] > 0
+
+
+def test_tasks_and_data_together(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lm_eval")
+    document = {"question": "the tide carried", "choices": ["the boat", "def"], "answer": 0}
+    (tmp_path / "which.jsonl").write_text(json.dumps(document) + "\n")
+    (tmp_path / "which.yaml").write_text(
+        "task: which\ndataset_path: json\ntest_split: test\noutput_type: multiple_choice\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'which.jsonl'}}}}}\n"
+        'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: answer\n'
+    )
+    task = ["--tasks", str(tmp_path / "which.yaml"), "--output", str(tmp_path / "results.json")]
+    assert main([*arguments(folder, "mixture"), *task, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written == content["tasks"]
+    assert written["results"]["which"]["acc,none"] in (0.0, 1.0)
+    assert written["config"]["model"] == str(folder / "mixture")
+    assert set(content["domains"]) == {"sea", "code"}
+
+    by_name = ["--tasks", "which", "--include-path", str(tmp_path), "--limit", "1", "--batch-size", "2"]
+    assert main(["evaluate", str(folder / "dense"), *by_name, "--num-fewshot", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "|which" in shown
+    assert "perplexity" not in shown
+
+
+def test_something_to_evaluate_on_is_needed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(folder / "dense")]) == 1
+    assert "give --data NAME=PATH, --tasks TASK,... or both" in capsys.readouterr().err
+    assert main([*arguments(folder, "dense"), "--output", str(tmp_path / "x.json")]) == 1
+    assert "--output is for the results of --tasks" in capsys.readouterr().err
+    assert main(["evaluate", "gone", "--tasks", "x", "--output", str(tmp_path / "gone" / "x.json")]) == 1
+    assert "gone does not exist" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

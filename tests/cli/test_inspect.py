@@ -1,14 +1,17 @@
-"""`bamoe inspect` counts what is stored, and what independent formulas give."""
+"""`bamoe inspect` counts what is stored, what independent formulas give, and what the BAM paper prints."""
 
 import json
+import math
+import struct
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM as Auto
-from transformers import CohereConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from bamoe.cli.main import main
+from bamoe.modeling import BamoeConfig, BamoeForCausalLM
 from bamoe.recipes.upcycle import upcycle
 
 WIDTH, INNER, LAYERS, VOCABULARY, HEADS, KEY_VALUE_HEADS, HEAD_DIM = 32, 48, 2, 40, 4, 2, 8
@@ -117,3 +120,90 @@ def test_weights_of_several_dtypes_are_named_by_the_widest(tmp_path, capsys):
     model.model.norm.float()
     model.save_pretrained(tmp_path / "mixed")
     assert inspect(capsys, tmp_path / "mixed")["dtype"] == "float32"
+
+
+PAPER = {
+    "vocab_size": 256_000,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,  # the paper's feed-forward dimension counts gate and up together
+    "num_hidden_layers": 6,
+    "tie_word_embeddings": False,
+}
+
+
+def paper_mixture(attention_experts=1, key_value="experts", experts=4, top_k=1):
+    """BAM's small model (arXiv 2408.08274), or BTX with one attention expert."""
+    return BamoeForCausalLM, BamoeConfig(
+        **PAPER,
+        num_attention_heads=8 * attention_experts,
+        num_key_value_heads=8 * (attention_experts if key_value == "experts" else 1),
+        head_dim=128,
+        num_attention_experts=attention_experts,
+        attention_key_value=key_value,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        use_parallel_block=True,
+    )
+
+
+def save_without_values(directory, model_class, config):
+    """A checkpoint with every header of the model and a hole of the right size for the values."""
+    with torch.device("meta"):
+        model = model_class(config)
+    headers, end = {}, 0
+    for name, tensor in model.state_dict().items():
+        start, end = end, end + 2 * tensor.numel()
+        headers[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(headers).encode()
+    directory.mkdir()
+    config.save_pretrained(directory)
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(file.tell() + end)
+    assert (directory / "model.safetensors").stat().st_blocks * 512 < 1e6
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("made", "total"),
+    [
+        ((CohereForCausalLM, CohereConfig(**PAPER, num_attention_heads=8, num_key_value_heads=8)), 587_209_728),
+        (paper_mixture(), 700_480_512),
+        (paper_mixture(4, "shared"), 738_253_824),
+        (paper_mixture(4, "experts"), 776_002_560),
+    ],
+    ids=["dense", "BTX", "BAM KV sharing", "BAM KV experts"],
+)
+def test_parameters_of_the_paper(made, total, tmp_path, capsys):
+    found = inspect(capsys, save_without_values(tmp_path / "model", *made))
+    assert found["parameters"]["total"] == total
+    assert found["dtype"] == "bfloat16"
+    idle = 0 if found["experts"] is None else 3 * 6 * 3 * 1024 * 2048
+    assert found["parameters"]["active"] == total - idle
+
+
+def test_btx_with_six_experts_has_the_parameters_of_bam(tmp_path, capsys):
+    """The paper's parameter-matched baseline: equal but for the routers."""
+    bam = inspect(capsys, save_without_values(tmp_path / "bam", *paper_mixture(4, "experts")))
+    btx = inspect(capsys, save_without_values(tmp_path / "btx", *paper_mixture(experts=6, top_k=3)))
+    routers = 6 * 1024 * (4 + 4 - 6)
+    for kind in ("total", "active"):
+        assert bam["parameters"][kind] - btx["parameters"][kind] == routers
+    assert [btx["experts"]["feed_forward"][key] for key in ("total", "per_token")] == [6, 3]
+
+
+@pytest.mark.parametrize(
+    ("made", "mega_flops"),
+    [
+        (paper_mixture(4, "experts"), {"attention": 35.65, "feed_forward": 12.59, "both": 48.26}),
+        (paper_mixture(), {"both": 21.51}),
+        (paper_mixture(experts=6, top_k=3), {"both": 46.69}),
+    ],
+    ids=["BAM", "BTX-4", "BTX-6 top-3"],
+)
+def test_flops_of_the_paper(made, mega_flops, tmp_path, capsys):
+    """Table 7: per layer and token, at a context of 256."""
+    found = inspect(capsys, save_without_values(tmp_path / "model", *made), "--context", 256)["flops_per_token"]
+    found["both"] = found["attention"] + found["feed_forward"]
+    assert {part: found[part] / 6e6 for part in mega_flops} == pytest.approx(mega_flops, rel=1e-3)
+    assert math.isclose(found["total"], found["both"] + 2 * 1024 * 256_000)

@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from tokenizers import processors
 
-from bamoe.data.corpora import Corpus
+from bamoe.data.corpora import Corpus, SkippedLines
 from bamoe.data.tokens import TokenStream, read_tokens
 from bamoe.errors import DataError
 from tests.training.tiny import tokenizer
@@ -15,7 +16,7 @@ from tests.training.tiny import tokenizer
 DOCUMENTS = ["the tide carried", "", "größer €5 𝄞 end ", "x"]
 
 
-def stream(tmp_path: Path, documents: list[str | None] = DOCUMENTS, **changes: object) -> TokenStream:
+def stream(tmp_path: Path, documents: list[str] = DOCUMENTS, **changes: object) -> TokenStream:
     path = tmp_path / "c.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     arguments = {"tokenizer": tokenizer(), "count_bytes": True} | changes
@@ -24,9 +25,34 @@ def stream(tmp_path: Path, documents: list[str | None] = DOCUMENTS, **changes: o
 
 def test_documents_end_with_eos_and_empty_ones_are_skipped(tmp_path: Path) -> None:
     expected = [token for text in DOCUMENTS if text for token in [*tokenizer()(text)["input_ids"], 0]]
-    read = stream(tmp_path, [*DOCUMENTS, None])
+    read = stream(tmp_path)
     assert read.tokens(0, len(read)).tolist() == expected
     assert read.tokens(3, 9).tolist() == expected[3:9]
+
+
+def test_nulls_of_parquet_are_skipped(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["sea", None, "boat"]}).to_parquet(tmp_path / "c.parquet")
+    read = read_tokens(Corpus(name="c", path=str(tmp_path / "c.parquet")), tokenizer())
+    assert len(read.document_starts) == 2
+
+
+def test_bad_lines_change_neither_tokens_nor_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = stream(tmp_path)
+    lines = (tmp_path / "c.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "bad.jsonl").write_bytes(b"\xff\n" + lines[0] + b"{\n" + b"".join(lines[1:]) + b"{}")
+    source = Corpus(name="c", path=str(tmp_path / "bad.jsonl"), on_bad_lines="skip")
+    with pytest.warns(SkippedLines, match="skipped 3 of the lines"):
+        kept = read_tokens(source, tokenizer(), count_bytes=True)
+    assert kept.tokens(0, len(kept)).tolist() == good.tokens(0, len(good)).tolist()
+    assert kept.bytes_per_token(0, len(kept)).tolist() == good.bytes_per_token(0, len(good)).tolist()
+
+    def read_again(*arguments: object, **keywords: object) -> None:
+        raise AssertionError("not taken from the cache")
+
+    monkeypatch.setattr("bamoe.data.tokens._encode", read_again)
+    with pytest.warns(SkippedLines, match="skipped 3 of the lines"):  # also when read from the cache
+        again = read_tokens(source, tokenizer(), count_bytes=True)
+    assert again.tokens(0, len(again)).tolist() == good.tokens(0, len(good)).tolist()
 
 
 def test_reads_across_the_chunks_of_a_large_corpus(tmp_path: Path) -> None:

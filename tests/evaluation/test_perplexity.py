@@ -67,6 +67,30 @@ def test_the_batch_size_changes_nothing(folder: Path) -> None:
     assert one.log_perplexity == pytest.approx(many.log_perplexity, rel=1e-6)
 
 
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_blocks_are_scored_each(folder: Path, document_mask: bool) -> None:
+    model = load_model(folder / "mixture")
+    ids, _ = stream_of(folder)
+    data = {"sea": folder / "sea.jsonl", "code": folder / "code.jsonl.gz"}
+    result = evaluate(
+        model, data, tokenizer=tokenizer(), sequence_length=LENGTH, batch_tokens=48, document_mask=document_mask
+    )
+    nats, tokens = result.block_nats["sea"], result.block_tokens["sea"]
+    starts = range(0, len(ids) - 1, LENGTH)
+    assert len(nats) == len(tokens) == len(starts)
+    assert sum(tokens) == result.domains["sea"].tokens
+    assert sum(nats) == pytest.approx(result.domains["sea"].log_perplexity * sum(tokens))
+    if not document_mask:
+        expected = [naive_score(model, ids[start : start + LENGTH + 1], LENGTH) for start in starts]
+        assert nats == pytest.approx([mean * count for mean, count in zip(expected, tokens, strict=True)], rel=1e-5)
+    # A document's first token, after an EOS, is nobody's target.
+    targets = [range(start + 1, min(start + LENGTH, len(ids) - 1) + 1) for start in starts]
+    unscored = [sum(document_mask and ids[target - 1] == 0 for target in block) for block in targets]
+    assert tokens == [len(block) - left_out for block, left_out in zip(targets, unscored, strict=True)]
+    assert set(result.block_nats) == set(data)
+    assert not {"block_nats", "block_tokens"} & result.to_dict().keys()
+
+
 @pytest.mark.parametrize("max_tokens", [5, 16, 40])
 def test_max_tokens_scores_the_first_ones(folder: Path, max_tokens: int) -> None:
     ids, _ = stream_of(folder)
@@ -143,6 +167,7 @@ def test_the_default_length_is_the_one_trained_with(folder: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ({"data": {"a": "bad.jsonl"}}, DataError, r"bad.jsonl, line 1: not valid JSON"),
         ({"model": "gone"}, CheckpointError, "no such directory"),
         ({"data": {}}, ConfigError, "at least one domain"),
         ({"data": {"a": "gone.txt"}}, DataError, "gone.txt does not exist"),
@@ -152,6 +177,7 @@ def test_the_default_length_is_the_one_trained_with(folder: Path, tmp_path: Path
 )
 def test_mistakes_are_named(folder: Path, arguments: dict[str, Any], error: type[BamoeError], message: str) -> None:
     (folder / "one.txt").write_text("a")
+    (folder / "bad.jsonl").write_text("{oops\n")
     model = folder / arguments.pop("model", "dense")
     data = {name: folder / path for name, path in arguments.pop("data", {"sea": "sea.jsonl"}).items()}
     with pytest.raises(error, match=message):
@@ -210,6 +236,13 @@ def test_scores_that_are_no_numbers_are_refused(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="'sea': the model's log perplexity is nan"):
         evaluate(model, {"sea": folder / "sea.jsonl"}, tokenizer=tokenizer())
     assert model.training  # left as it was
+
+
+def test_bad_lines_are_skipped_where_asked(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{\n" + (folder / "sea.jsonl").read_text())
+    with pytest.warns(UserWarning, match="corpus 'sea': skipped 1 of the lines"):
+        skipped = evaluate(folder / "dense", {"sea": tmp_path / "bad.jsonl"}, on_bad_lines="skip")
+    assert skipped.domains == evaluate(folder / "dense", {"sea": folder / "sea.jsonl"}).domains
 
 
 def test_a_model_object_needs_its_tokenizer(folder: Path) -> None:

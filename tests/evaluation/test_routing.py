@@ -9,7 +9,7 @@ import torch
 
 from bamoe.checkpoints.loading import load_model
 from bamoe.evaluation import evaluate
-from bamoe.evaluation.routing import RouterStatistics
+from bamoe.evaluation.routing import LayerRouting, RouterStatistics, collapsed, collapsed_routers
 from tests.training.tiny import corpus, mixture, tokenizer
 
 
@@ -98,3 +98,47 @@ def test_one_attention_expert_has_no_attention_routing(tmp_path: Path) -> None:
     routing = evaluate(directory, {"sea": corpus(tmp_path / "sea.jsonl", "sea")}, sequence_length=16).routing
     assert routing is not None
     assert list(routing) == ["feed_forward"]
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        ([0.25] * 4, None),
+        ([0.026, 0.3, 0.374, 0.3], None),
+        ([0.004, 0.3, 0.396, 0.3], "expert 0 gets 0.4% of the assignments (uniform: 25.0%)"),
+        ([0.79, 0.07, 0.07, 0.07], None),
+        ([0.82, 0.06, 0.06, 0.06], "expert 0 gets 82.0% of the assignments (uniform: 25.0%)"),
+        ([0.0, 1.0], "expert 1 gets 100.0% of the assignments, expert 0 gets 0.0% (uniform: 50.0%)"),
+        ([0.5, 0.5, *[0.0] * 6], "expert 2 gets 0.0% of the assignments, expert 3 gets 0.0%, expert 4 gets 0.0%, "
+         "3 more as little (uniform: 12.5%)"),
+        ([1.0], None),
+    ],
+)  # fmt: skip
+def test_collapse_is_said_in_a_sentence(load: list[float], message: str | None) -> None:
+    assert collapsed(load) == message
+
+
+def test_collapse_is_judged_over_all_domains() -> None:
+    def routing(*loads: list[float]) -> list[LayerRouting]:
+        return [LayerRouting(load, load, load, 0.0, 0.0) for load in loads]
+
+    # Layer 0 has specialised, layer 1 has collapsed.
+    sea, code = routing([1.0, 0.0], [0.99, 0.01]), routing([0.1, 0.9], [0.95, 0.05])
+    assert collapsed_routers({"feed_forward": {"sea": sea, "code": code}}) == [
+        "the feed-forward router of layer 1 has collapsed: expert 0 gets 97.0% of the assignments, expert 1 gets 3.0% "
+        "(uniform: 50.0%)"
+    ]
+    assert collapsed_routers({"feed_forward": {"sea": sea}}) == []
+    assert collapsed_routers(None) == []
+
+
+def test_a_collapsed_router_is_found_in_a_model(tmp_path: Path) -> None:
+    model = load_model(mixture(tmp_path / "model", num_experts_per_tok=1))
+    for name, parameter in model.named_parameters():
+        if name.endswith("layers.1.mlp.gate.weight"):
+            torch.nn.init.zeros_(parameter)  # the first expert wins every tie
+    data = {name: corpus(tmp_path / f"{name}.jsonl", name, documents=6) for name in ("sea", "code")}
+    result = evaluate(model, data, tokenizer=tokenizer(), sequence_length=16)
+    (problem,) = [line for line in result.collapsed_routers() if "feed-forward router of layer 1" in line]
+    assert "expert 0 gets 100.0% of the assignments" in problem
+    assert problem in result.to_dict()["collapsed_routers"]

@@ -1,40 +1,102 @@
-"""`bamoe evaluate`: perplexity per domain, and what the routers did there."""
+"""`bamoe evaluate`: perplexity per domain, what the routers did there, and tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bamoe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from bamoe.evaluation import Evaluation
+    from rich.console import Console
+
+    from bamoe.evaluation import Evaluation, LayerSpecialization
+
+_SHOWN_TOKENS = 5
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="DIR", help="A dense model or a mixture: a directory, or a hub id.")],
     data: Annotated[
-        list[str], typer.Option("--data", metavar="NAME=PATH", help="A domain and its text; give it once per domain.")
-    ],
+        list[str] | None,
+        typer.Option("--data", metavar="NAME=PATH", help="A domain and its text; give it once per domain."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="TASK,...", help="Tasks of lm-evaluation-harness, by name, pattern or YAML file."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    routing: Annotated[
+        bool, typer.Option("--routing", help="Also show what the experts specialise in: tokens and domains.")
+    ] = False,
     sequence_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of context [default: as trained here, else at most 1024].")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Score only the first so many of each domain.")] = None,
     text_field: Annotated[str, typer.Option(help="The field of JSON and Parquet files with the text.")] = "text",
+    skip_bad_lines: Annotated[
+        bool, typer.Option("--skip-bad-lines", help="Leave out lines that are not UTF-8, not JSON, or have no text.")
+    ] = False,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A folder with further task files.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question [default: the task's].")
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0, help="Only so many documents of each task; below 1, that share of them.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences of one forward pass, in tasks.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the harness's own results there, as JSON.")
+    ] = None,
 ) -> None:
-    """Score a model on texts: perplexity and bits per byte; for a mixture also load and entropy of its routers."""
-    domains = _named_paths(data)
+    """Score a model on texts (perplexity, bits per byte, routing), on tasks of lm-evaluation-harness, or on both."""
+    domains = _named_paths(data or [])
+    if not domains and not tasks:
+        raise ConfigError("nothing to evaluate on: give --data NAME=PATH, --tasks TASK,... or both")
+    if output is not None and not tasks:
+        raise ConfigError("--output is for the results of --tasks; print those of --data with --json")
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(f"--output: the folder {output.parent} does not exist")
+    if sys.stderr is None or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     from bamoe.evaluation import evaluate as score
+    from bamoe.evaluation import evaluate_tasks
+    from bamoe.evaluation.tasks import load_tasks, results_table
 
-    result = score(model, domains, sequence_length=sequence_length, max_tokens=max_tokens, text_field=text_field)
+    loaded = load_tasks(tasks.split(","), include_path) if tasks else []
+    shown: dict[str, Any] = {}
+    if domains:
+        result = score(
+            model,
+            domains,
+            sequence_length=sequence_length,
+            max_tokens=max_tokens,
+            text_field=text_field,
+            on_bad_lines="skip" if skip_bad_lines else "refuse",
+            specialization=routing,
+        )
+        shown = result.to_dict()
+        if not as_json:
+            _print_tables(result)
+        for problem in result.collapsed_routers():
+            typer.echo(f"warning: {problem}", err=True)
+    if loaded:
+        results = evaluate_tasks(model, loaded, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size)
+        shown["tasks"] = results
+        if output is not None:
+            output.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if not as_json:
+            typer.echo(results_table(results))
     if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=2, allow_nan=False))
-    else:
-        _print_tables(result)
+        # The harness may give NaN, where a task defines a metric so; our own scores are finite.
+        typer.echo(json.dumps(shown, indent=2, allow_nan=bool(loaded)))
 
 
 def _named_paths(data: list[str]) -> dict[str, str | Path]:
@@ -79,3 +141,25 @@ def _print_tables(result: Evaluation) -> None:
                 table.add_row(str(layer), name, load, f"{routing.load_entropy:.3f}", f"{routing.token_entropy:.3f}")
             table.add_section()
         console.print(table)
+    for kind, specialized in (result.specialization or {}).items():
+        _print_specialization(console, kind.replace("_", "-"), specialized)
+
+
+def _print_specialization(console: Console, kind: str, layers: list[LayerSpecialization]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("layer", title=f"{kind} routers: mutual information (nats)")
+    for heading in ("expert and domain", "expert and token", "by chance"):
+        table.add_column(heading, justify="right")
+    for number, layer in enumerate(layers):
+        information = (layer.domain_information, layer.token_information, layer.chance_information)
+        table.add_row(str(number), *(f"{value:.4f}" for value in information))
+    console.print(table)
+    table = Table("layer", "expert", "pointwise mutual information (nats)", title=f"{kind} routers: tokens")
+    for number, layer in enumerate(layers):
+        for expert, tokens in enumerate(layer.tokens):
+            named = "  ".join(f"{token.text!r} {token.pmi:.2f}" for token in tokens[:_SHOWN_TOKENS])
+            table.add_row(str(number), str(expert), Text(named))  # as text: a token may look like rich's markup
+        table.add_section()
+    console.print(table)

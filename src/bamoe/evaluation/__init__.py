@@ -1,6 +1,20 @@
-"""Perplexity per domain, bits per byte, routing statistics. Imported with torch; `bamoe.evaluate` waits until used."""
+"""Perplexity per domain, bits per byte, routing statistics, lm-evaluation-harness.
+
+Imported with torch; `bamoe.evaluate` waits until used.
+"""
 
 from bamoe.evaluation.perplexity import DomainScore, Evaluation, evaluate
-from bamoe.evaluation.routing import LayerRouting
+from bamoe.evaluation.routing import LayerRouting, collapsed
+from bamoe.evaluation.specialization import LayerSpecialization, TokenAffinity
+from bamoe.evaluation.tasks import evaluate_tasks
 
-__all__ = ["DomainScore", "Evaluation", "LayerRouting", "evaluate"]
+__all__ = [
+    "DomainScore",
+    "Evaluation",
+    "LayerRouting",
+    "LayerSpecialization",
+    "TokenAffinity",
+    "collapsed",
+    "evaluate",
+    "evaluate_tasks",
+]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,15 @@ from bamoe.checkpoints.loading import check_vocabulary, load_config, load_model,
 from bamoe.data.corpora import Corpus
 from bamoe.data.tokens import TokenStream, read_tokens
 from bamoe.errors import CheckpointError, ConfigError, DataError
-from bamoe.evaluation.routing import LayerRouting, router_statistics, update_statistics
+from bamoe.evaluation.routing import (
+    LayerRouting,
+    RouterStatistics,
+    collapsed_routers,
+    is_mixture,
+    router_statistics,
+    update_statistics,
+)
+from bamoe.evaluation.specialization import LayerSpecialization, TokenExperts
 from bamoe.schema import parse
 
 if TYPE_CHECKING:
@@ -51,6 +59,10 @@ class Evaluation:
     """Scores per domain, their means, and `routing[kind][domain][layer]` (None for a dense model).
 
     average_perplexity is the arithmetic mean of the domains' perplexities, as in the BAM paper's table 1.
+    specialization: `[kind][layer]` over all domains, where it was asked for.
+    block_nats, block_tokens: per domain, the summed negative log-likelihood and the scored tokens of each block, in
+        order. Two models with the same tokenizer scored at the same length have the same blocks, so their differences
+        can be paired; too long for a record, they are not in `to_dict`.
     """
 
     domains: dict[str, DomainScore]
@@ -58,15 +70,24 @@ class Evaluation:
     average_log_perplexity: float
     sequence_length: int
     routing: dict[str, dict[str, list[LayerRouting]]] | None
+    specialization: dict[str, list[LayerSpecialization]] | None = None
+    block_nats: dict[str, list[float]] = field(default_factory=dict, repr=False)
+    block_tokens: dict[str, list[int]] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return asdict(self)
+        """Plain data, for JSON: without the blocks, with `collapsed_routers`, specialization only if there is one."""
+        left_out = {"block_nats", "block_tokens"} | ({"specialization"} if self.specialization is None else set())
+        values = {name: value for name, value in asdict(self).items() if name not in left_out}
+        return values | {"collapsed_routers": self.collapsed_routers()}
+
+    def collapsed_routers(self) -> list[str]:
+        """A sentence for each router that uses too few of its experts; see `routing.collapsed_routers`."""
+        return collapsed_routers(self.routing)
 
 
 def evaluate(
     model: PreTrainedModel | str | Path,
-    data: dict[str, str | Path],
+    data: Mapping[str, str | Path | Corpus],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     sequence_length: int | None = None,
@@ -74,12 +95,14 @@ def evaluate(
     max_tokens: int | None = None,
     document_mask: bool | None = None,
     text_field: str = "text",
+    on_bad_lines: Literal["refuse", "skip"] = "refuse",
+    specialization: bool = False,
 ) -> Evaluation:
     """Score a model on texts.
 
     Args:
         model: a directory (its tokenizer is used, on a GPU if there is one), or a loaded model with `tokenizer`.
-        data: a file, folder or hub data set for each domain.
+        data: for each domain a file, a folder, a hub data set, or a corpus with settings of its own.
         sequence_length: tokens of context at most; by default what the model was trained with here, else 1024 or
             the model's maximum where that is less.
         batch_tokens: tokens of one forward pass, at least one block.
@@ -87,6 +110,8 @@ def evaluate(
         document_mask: documents do not see each other, and a document's first token is not scored; by default as the
             model was trained here, else false.
         text_field: the column with the documents.
+        on_bad_lines: of JSON lines and text files; see `Corpus`.
+        specialization: also find which tokens and domains the experts of a mixture specialise in.
 
     Raises:
         BamoeError: a model, corpus or length that cannot be used, or scores that are not finite.
@@ -94,7 +119,13 @@ def evaluate(
     if not data:
         raise ConfigError("nothing to evaluate on: give at least one domain")
     corpora = [
-        parse({"name": name, "path": str(path), "text_field": text_field}, Corpus, f"domain {name!r}")
+        path
+        if isinstance(path, Corpus)
+        else parse(
+            {"name": name, "path": str(path), "text_field": text_field, "on_bad_lines": on_bad_lines},
+            Corpus,
+            f"domain {name!r}",
+        )
         for name, path in data.items()
     ]
     recorded: dict[str, Any] = {}
@@ -117,9 +148,20 @@ def evaluate(
     if document_mask is None:
         document_mask = bool(recorded.get("document_mask", False))
     if isinstance(model, str | Path):  # last: reading a large model takes longer than finding a mistake above
-        model = load_model(model, dtype="auto" if torch.cuda.is_available() else "float32")
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return evaluate_streams(model, streams, sequence_length, batch_tokens, max_tokens, document_mask)
+        model = load_for_measuring(model)
+    token_experts = TokenExperts(config, streams, max_tokens) if specialization and is_mixture(config) else None
+    result = evaluate_streams(model, streams, sequence_length, batch_tokens, max_tokens, document_mask, token_experts)
+    if token_experts is None or result.routing is None:
+        return result
+    return replace(result, specialization=token_experts.layers(result.routing, tokenizer))
+
+
+def load_for_measuring(source: str | Path) -> PreTrainedModel:
+    """A model on the GPU in its own dtype, or without a GPU in float32."""
+    gpu = torch.cuda.is_available()
+    model = load_model(source, dtype="auto" if gpu else "float32")
+    model.to("cuda" if gpu else "cpu")
+    return model
 
 
 @torch.no_grad()
@@ -130,17 +172,23 @@ def evaluate_streams(
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     max_tokens: int | None = None,
     document_mask: bool = False,
+    token_experts: TokenExperts | None = None,
 ) -> Evaluation:
-    """Score a loaded model on streams read with `count_bytes`; see `evaluate`. The model's mode is left as it was."""
+    """Score a loaded model on streams read with `count_bytes`; see `evaluate`. The model's mode is left as it was.
+
+    `token_experts` counts the assignments of a mixture, where given.
+    """
     was_training = model.training
     model.eval()
     domains: dict[str, DomainScore] = {}
     routing: dict[str, dict[str, list[LayerRouting]]] = {}
+    block_nats: dict[str, list[float]] = {}
+    block_tokens: dict[str, list[int]] = {}
     try:
         for stream in streams:
             statistics = router_statistics(model.config)
-            domains[stream.name] = _score(
-                model, stream, sequence_length, batch_tokens, max_tokens, document_mask, statistics
+            domains[stream.name], block_nats[stream.name], block_tokens[stream.name] = _score(
+                model, stream, sequence_length, batch_tokens, max_tokens, document_mask, statistics, token_experts
             )
             for kind, counted in statistics.items():
                 if layers := counted.layers():
@@ -153,6 +201,8 @@ def evaluate_streams(
         average_log_perplexity=float(np.mean([score.log_perplexity for score in domains.values()])),
         sequence_length=sequence_length,
         routing=routing or None,
+        block_nats=block_nats,
+        block_tokens=block_tokens,
     )
 
 
@@ -163,9 +213,13 @@ def _score(
     batch_tokens: int,
     max_tokens: int | None,
     document_mask: bool,
-    statistics: dict[str, Any],
-) -> DomainScore:
+    statistics: dict[str, RouterStatistics],
+    token_experts: TokenExperts | None,
+) -> tuple[DomainScore, list[float], list[int]]:
+    """The score of one text, and the nats and scored tokens of each of its blocks."""
     nats, tokens, num_bytes = 0.0, 0, 0
+    block_nats: list[float] = []
+    block_tokens: list[int] = []
     for start, stop, rows in _batches(stream, sequence_length, batch_tokens, max_tokens):
         ids = torch.from_numpy(stream.tokens(start, stop)).to(model.device)
         inputs, targets = ids[:-1].view(rows, -1), ids[1:].view(rows, -1)
@@ -181,8 +235,12 @@ def _score(
         mask = torch.from_numpy(scored).to(losses.device)
         nats += float(losses.double()[mask].sum())
         tokens += int(scored.sum())
+        block_nats += losses.double().where(mask, 0).view(rows, -1).sum(dim=1).tolist()
+        block_tokens += scored.reshape(rows, -1).sum(axis=1).tolist()
         num_bytes += int(stream.bytes_per_token(start + 1, stop)[scored].sum())
         update_statistics(statistics, outputs)
+        if token_experts is not None:
+            token_experts.update(inputs, outputs)
     if num_bytes == 0:
         raise DataError(f"corpus {stream.name!r} is too short to score: the first token of a text has no context")
     log_perplexity = nats / tokens
@@ -191,12 +249,13 @@ def _score(
             f"corpus {stream.name!r}: the model's log perplexity is {log_perplexity}; its weights hold NaN or Inf, or "
             f"its activations overflow in {model.dtype}"
         )
-    return DomainScore(
+    score = DomainScore(
         perplexity=math.exp(min(log_perplexity, MAX_LOG_PERPLEXITY)),
         log_perplexity=log_perplexity,
         bits_per_byte=nats / math.log(2) / num_bytes,
         tokens=tokens,
     )
+    return score, block_nats, block_tokens
 
 
 def _batches(

@@ -19,6 +19,9 @@ ROUTERS = {
     "feed_forward": ("router_logits", "num_experts_per_tok", "norm_topk_prob"),
     "attention": ("attention_router_logits", "num_attention_experts_per_tok", "attention_norm_topk_prob"),
 }
+UNUSED = 0.1  # an expert with less than this part of its uniform share is not used
+DOMINANT = 0.8  # an expert with more than this share of all assignments leaves the others none to learn from
+_NAMED = 3  # experts in a message
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,17 @@ class LayerRouting:
     token_entropy: float
 
 
+def assignments(logits: Sequence[torch.Tensor], top_k: int | None) -> torch.Tensor:
+    """Share of each token's assignments that goes to each expert, (L, N, E), from one (N, E) of logits per layer.
+
+    1 / top_k for the selected experts; with soft routing (None) the softmax.
+    """
+    stacked = torch.stack([layer.detach().float().to(logits[0].device) for layer in logits])
+    if top_k is None:
+        return stacked.softmax(dim=-1)
+    return torch.zeros_like(stacked).scatter(-1, stacked.topk(top_k, dim=-1).indices, 1 / top_k)
+
+
 class RouterStatistics:
     """Sums over tokens of one kind of router, all layers, kept on the device where the logits are.
 
@@ -55,12 +69,9 @@ class RouterStatistics:
     @torch.no_grad()
     def update(self, logits: Sequence[torch.Tensor]) -> None:
         """Add the tokens of one forward pass: one (N, E) per layer."""
-        stacked = torch.stack([layer.detach().float().to(logits[0].device) for layer in logits])  # (L, N, E)
-        probabilities = stacked.softmax(dim=-1)
-        gates, load = probabilities, probabilities
-        if self.top_k is not None:
-            selected = torch.zeros_like(probabilities).scatter(-1, stacked.topk(self.top_k, dim=-1).indices, 1.0)
-            gates, load = probabilities * selected, selected / self.top_k
+        load = assignments(logits, self.top_k)
+        probabilities = load if self.top_k is None else assignments(logits, None)
+        gates = probabilities if self.top_k is None else probabilities * (load > 0)
         if self.normalize:
             gates = gates / gates.sum(dim=-1, keepdim=True)
         entropy = torch.special.entr(probabilities)
@@ -83,6 +94,40 @@ class RouterStatistics:
             )
             for layer in range(len(load))
         ]
+
+
+def collapsed(load: Sequence[float]) -> str | None:
+    """What is wrong with a router's load (E,) over all the text it is meant for; None when it is healthy.
+
+    Collapsed: an expert gets less than a tenth of its uniform share 1/E, or more than 80% of the assignments. On the
+    text of one domain the same load may be what the experts have specialised in.
+    """
+    experts = len(load)
+    if experts < 2:
+        return None
+    unused = [expert for expert, share in enumerate(load) if share < UNUSED / experts]
+    dominant = [expert for expert, share in enumerate(load) if share > DOMINANT]
+    if not unused and not dominant:
+        return None
+    first, *others = [*dominant, *unused]
+    shares = [f"expert {expert} gets {load[expert]:.1%}" for expert in others]
+    named = [f"expert {first} gets {load[first]:.1%} of the assignments", *shares[: _NAMED - 1]]
+    more = [f"{len(shares) - _NAMED + 1} more as little"] if len(shares) >= _NAMED else []
+    return f"{', '.join(named + more)} (uniform: {1 / experts:.1%})"
+
+
+def collapsed_routers(routing: dict[str, dict[str, list[LayerRouting]]] | None) -> list[str]:
+    """A sentence for each router, of `routing[kind][domain][layer]`, that has collapsed over all domains together.
+
+    Every domain weighs the same. With fewer than two domains nothing is said: see `collapsed`.
+    """
+    found = []
+    for kind, domains in (routing or {}).items():
+        for number, layers in enumerate(zip(*domains.values(), strict=True)):
+            load = [sum(shares) / len(layers) for shares in zip(*(layer.load for layer in layers), strict=True)]
+            if len(layers) > 1 and (problem := collapsed(load)):
+                found.append(f"the {kind.replace('_', '-')} router of layer {number} has collapsed: {problem}")
+    return found
 
 
 def is_mixture(config: PreTrainedConfig) -> bool:
