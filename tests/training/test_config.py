@@ -26,6 +26,21 @@ def values(**changes: Any) -> dict[str, Any]:
     return yaml.safe_load(MINIMAL) | changes
 
 
+def stages(*parts: Any) -> list[dict[str, Any]]:
+    """Stages from what trains and until when, in turn."""
+    return [
+        {"trainable": trainable} | ({"until_tokens": until} if until else {})
+        for trainable, until in zip(parts[::2], [*parts[1::2], None], strict=True)
+    ]
+
+
+def test_a_step_belongs_to_the_stage_in_which_it_begins() -> None:
+    config = TrainConfig.read(values(stages=stages("routers", 4096, ["routers", "experts"], 4097 + 4096, "all")))
+    assert config.stage_starts == [0, 1, 3]
+    assert TrainConfig.read(config.model_dump(mode="json")) == config
+    assert TrainConfig.read(values()).stage_starts == [0]
+
+
 def test_reads_the_documented_file(tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text(MINIMAL)
     config = TrainConfig.read(tmp_path / "train.yaml")
@@ -66,6 +81,24 @@ def test_reads_the_documented_file(tmp_path: Path) -> None:
         ({"weight_decay": float("inf")}, "weight_decay.*finite"),
         ({"router_aux_loss_coef": float("inf")}, "router_aux_loss_coef.*finite"),
         ({"router_z_loss_coef": float("nan")}, "router_z_loss_coef.*finite"),
+        ({"trainable": "router"}, r"trainable.*'all', 'routers', 'experts' or 'shared' \(found 'router'\)"),
+        (
+            {"trainable": ["all", "routers"]},
+            r"trainable: name each part once, and all alone, found \['all', 'routers'\]",
+        ),
+        ({"trainable": ["shared", "shared"]}, "trainable: name each part once"),
+        ({"trainable": []}, "trainable.*at least 1 item"),
+        ({"stages": [{"trainable": "all"}], "trainable": "routers"}, "stages say what trains; leave trainable out"),
+        ({"stages": [{"trainable": "routers"}, {"trainable": "all"}]}, "every stage but the last needs until_tokens"),
+        ({"stages": [{"trainable": "all", "until_tokens": 4096}]}, "and the last has none"),
+        (
+            {"stages": [{"trainable": "all", "until": 4096}]},
+            "unknown key 'stages.0.until'; did you mean 'until_tokens'",
+        ),
+        ({"stages": [{"trainable": "all", "reset_optimizer": True}]}, "the first stage starts as optimizer_state says"),
+        ({"stages": stages("routers", 8192, "all", 5000, "routers")}, r"until_tokens must grow.*found \[8192, 5000\]"),
+        ({"stages": stages("routers", 397_312, "all")}, r"leave one for the last stage, found \[397312\] of 400000"),
+        ({"optimizer_state": "kept"}, "optimizer_state.*'reset' or 'keep'"),
     ],
 )
 def test_refuses(changes: dict[str, Any], message: str) -> None:

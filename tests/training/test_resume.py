@@ -1,6 +1,7 @@
 """Interrupted runs go on bit for bit; an output directory is never overwritten by accident."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import TrainerCallback
 
 from bamoe.errors import ConfigError
 from bamoe.training import train
+from bamoe.training.run_folder import RunFolder
 from tests.training.tiny import dense, mixture, run_config
 
 
@@ -66,7 +68,7 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path: Path) -> None:
     output = interrupted(config, step=7)
     state = output / "checkpoints" / "checkpoint-6" / "trainer_state.json"
     state.write_text(state.read_text()[:100])
-    (output / "checkpoints" / "checkpoint-6" / "optimizer.pt").unlink()
+    (output / "checkpoints" / "checkpoint-6" / "optimizer" / "adamw.safetensors").unlink()
     assert_same_weights(whole.output, train(config).output)
 
 
@@ -89,7 +91,7 @@ def test_stopped_while_the_model_is_put_in_place(tmp_path: Path, monkeypatch: py
     replace, last = os.replace, "training_config.json"
 
     def stop_before(source: Any, target: Any) -> None:
-        if Path(source).parent.name == "final" and Path(target).name == stop:
+        if Path(target) == output / stop:
             raise StopError
         replace(source, target)
 
@@ -149,3 +151,68 @@ def test_an_empty_output_is_used(tmp_path: Path) -> None:
     config = run_config(tmp_path, dense(tmp_path / "model"))
     Path(config["output"]).mkdir()
     assert train(config).steps == 10
+
+
+def test_a_second_run_is_kept_out_while_the_first_lives(tmp_path: Path) -> None:
+    config = run_config(tmp_path, dense(tmp_path / "model"), save_every_tokens=128)
+    refusals = []
+
+    class SecondRun(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for force in (False, True):
+                with pytest.raises(ConfigError) as refusal:
+                    train(config, force=force)
+                refusals.append(str(refusal.value))
+            if state.global_step == 5:
+                raise StopError
+
+    whole = train(config | {"output": str(tmp_path / "whole")})
+    with pytest.raises(StopError):
+        train(config, callbacks=[SecondRun()])
+    assert len(refusals) == 10
+    assert all(re.search(r"run is in use by another run \(process \d+ on .*\); wait", said) for said in refusals)
+    assert_same_weights(whole.output, train(config).output)
+
+
+def test_two_runs_that_start_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second passes the first look before the first has made the folder, and is refused at the second look."""
+    config = run_config(tmp_path, dense(tmp_path / "model"))
+    look = RunFolder.check
+
+    def look_then_let_another_finish(self: RunFolder, *arguments: Any) -> None:
+        look(self, *arguments)
+        monkeypatch.undo()
+        train(config)
+
+    monkeypatch.setattr(RunFolder, "check", look_then_let_another_finish)
+    with pytest.raises(ConfigError, match="already holds a finished run"):
+        train(config)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("left", [[], ["run.lock"], ["run.lock", "training_config.json.partial"]])
+def test_a_run_killed_in_its_first_moments_is_nobodys(tmp_path: Path, left: list[str]) -> None:
+    config = run_config(tmp_path, dense(tmp_path / "model"))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for name in left:
+        (tmp_path / "run" / "checkpoints" / name).write_text("process 1")
+    assert train(config | {"seed": 3}).steps == 10
+
+
+@pytest.mark.parametrize("gone", ["config.json", "model.safetensors", "training_config.json"])
+def test_force_that_is_killed_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str) -> None:
+    config = run_config(tmp_path, dense(tmp_path / "model"))
+    train(config | {"seed": 1})
+    unlink = Path.unlink
+
+    def stop_before(self: Path, missing_ok: bool = False) -> None:
+        if self == tmp_path / "run" / gone:
+            raise StopError
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", stop_before)
+    with pytest.raises(StopError):
+        train(config, force=True)
+    monkeypatch.undo()
+    whole = train(config | {"output": str(tmp_path / "whole")})
+    assert_same_weights(whole.output, train(config, force=True).output)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.distributed import DistributedConfig
 
 
 def load_config(source: str | Path) -> PreTrainedConfig:
@@ -34,12 +35,15 @@ def load_config(source: str | Path) -> PreTrainedConfig:
         raise CheckpointError(f"{source}: its configuration cannot be used: {error}") from error
 
 
-def load_model(source: str | Path, dtype: str = "float32") -> PreTrainedModel:
+def load_model(
+    source: str | Path, dtype: str = "float32", distributed_config: DistributedConfig | None = None
+) -> PreTrainedModel:
     """A causal language model, dense or mixture, on the CPU, in evaluation mode.
 
     Args:
         source: a directory, or a hub id.
         dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own.
+        distributed_config: how to spread it over processes, each of which then reads its part, to its own device.
 
     Raises:
         CheckpointError: missing, truncated or pickled weights, weights that do not fill the model, or an
@@ -56,7 +60,12 @@ def load_model(source: str | Path, dtype: str = "float32") -> PreTrainedModel:
     model_class: Any = BamoeForCausalLM if isinstance(config, BamoeConfig) else AutoModelForCausalLM
     try:
         model, info = model_class.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+            path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            distributed_config=distributed_config,
         )
     except KeyError as error:  # of transformers' tables: activations, kinds of rotary embeddings and their settings
         raise CheckpointError(f"{source}: its configuration cannot be used: {error} is missing or unknown") from error

@@ -21,6 +21,7 @@ from transformers.models.cohere import modeling_cohere as interleaved_rope
 from transformers.models.llama import modeling_llama as half_split_rope
 
 from .configuration_bamoe import BamoeConfig
+from .parallel import LocalHeads
 from .routing import AttentionRouter
 
 
@@ -31,6 +32,11 @@ def expand_to_heads(per_expert: torch.Tensor, config: BamoeConfig, dim: int) -> 
     key_value_heads = config.num_dense_key_value_heads
     group = config.num_dense_heads // key_value_heads
     return torch.cat([per_expert.repeat_interleave(group, dim)] * key_value_heads, dim)
+
+
+def expand_to_key_value_heads(per_expert: torch.Tensor, config: BamoeConfig, dim: int) -> torch.Tensor:
+    """Repeat values per expert with keys and values of its own, along `dim`, for every key/value head."""
+    return per_expert.repeat_interleave(config.num_key_value_heads // config.num_key_value_experts, dim)
 
 
 class HeadNorm(nn.Module):
@@ -78,6 +84,7 @@ class MixtureOfAttention(nn.Module):
         self.k_proj = nn.Linear(width, key_value_width, bias=bias)
         self.v_proj = nn.Linear(width, key_value_width, bias=bias)
         self.o_proj = nn.Linear(query_width, width, bias=False)
+        self.local_heads = LocalHeads(config)
         if config.attention_output_bias:
             self.output_bias = nn.Parameter(torch.zeros(config.num_attention_experts, width))
         if config.qk_norm is not None:
@@ -128,7 +135,7 @@ class MixtureOfAttention(nn.Module):
             **kwargs,
         )  # (B, T, A·H, d)
         if gates is not None:
-            heads = heads * expand_to_heads(gates, self.config, dim=-1)[..., None]
+            heads = heads * self.local_heads(gates, -1, expand_to_heads)[..., None]
         output = self.o_proj(heads.flatten(-2))
         if output_bias is not None:
             output = output + output_bias
@@ -141,9 +148,9 @@ class MixtureOfAttention(nn.Module):
         biases = self.output_bias if self.config.attention_output_bias else None
         if self.config.num_attention_experts == 1:
             return None, None if biases is None else biases[0], None
-        routed = self.gate(hidden_states)
-        gates = routed.weights.to(hidden_states.dtype)
-        return gates, None if biases is None else gates @ biases, routed.logits.flatten(0, -2)
+        routed = self.gate(hidden_states.flatten(0, -2))
+        gates = routed.weights.to(hidden_states.dtype).unflatten(0, hidden_states.shape[:-1])
+        return gates, None if biases is None else gates @ biases, routed.logits
 
     def _project(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
@@ -154,12 +161,11 @@ class MixtureOfAttention(nn.Module):
         key = self.k_proj(hidden_states).view(per_head)
         value = self.v_proj(hidden_states).view(per_head)
         if self.config.qk_norm == "head":
-            query = self.q_norm(query, self.q_norm.weight)
-            key = self.k_norm(key, self.k_norm.weight)
+            query = self.q_norm(query, self.local_heads(self.q_norm.weight, 0))
+            key = self.k_norm(key, self.local_heads(self.k_norm.weight, 0))
         elif self.config.qk_norm == "expert":
-            query = self.q_norm(query, expand_to_heads(self.q_norm.weight, self.config, dim=0))
-            heads_per_vector = self.config.num_key_value_heads // self.config.num_key_value_experts
-            key = self.k_norm(key, self.k_norm.weight.repeat_interleave(heads_per_vector, 0))
+            query = self.q_norm(query, self.local_heads(self.q_norm.weight, 0, expand_to_heads))
+            key = self.k_norm(key, self.local_heads(self.k_norm.weight, 0, expand_to_key_value_heads))
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         rope = interleaved_rope if self.config.rope_interleaved else half_split_rope
         query, key = rope.apply_rotary_pos_emb(query, key, *position_embeddings)

@@ -78,6 +78,24 @@ class BamoeConfig(PreTrainedConfig):
 
     model_type = "bamoe"
     keys_to_ignore_at_inference = ["past_key_values", "router_logits", "attention_router_logits"]  # noqa: RUF012
+    # Tensor parallelism gives a process a run of whole heads and a slice of every feed-forward expert; expert
+    # parallelism gives it whole feed-forward experts. Routers, norms and output biases are on every process.
+    base_model_tp_plan = {  # noqa: RUF012
+        "embed_tokens": "embedding_rowwise",
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.local_heads": "local_heads",  # ours: parallel.py
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+    base_model_ep_plan = {  # noqa: RUF012
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
 
     vocab_size: int = 32000
     hidden_size: int = 1024

@@ -28,6 +28,7 @@ from .configuration_bamoe import BamoeConfig, task_blind_message
 
 # transformers lets a model choose its experts backend only if its file has the text "@use_experts_implementation".
 from .feed_forward import FeedForwardExperts, MixtureOfFeedForward
+from .parallel import check_expert_parallel
 from .routing import Router, RouterLosses, num_ranks, router_losses, sum_over_ranks
 
 
@@ -129,8 +130,10 @@ class BamoePreTrainedModel(PreTrainedModel):
         """Load a checkpoint, as in transformers, but refuse one that lacks weights instead of inventing them.
 
         Raises:
-            ValueError: weights are missing (routers above all: random ones would silently route to any expert).
+            ValueError: weights are missing (routers above all: random ones would silently route to any expert), or
+                the model cannot be spread over as many processes as `distributed_config` asks for.
         """
+        check_expert_parallel(kwargs.get("distributed_config"))
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model._weight_conversions = []
         missing = sorted(info["missing_keys"])
@@ -243,6 +246,8 @@ class BamoeForCausalLM(BamoePreTrainedModel, GenerationMixin):
     """`BamoeModel` with a language-model head; adds the router losses to the loss while training."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: BamoeConfig):
         super().__init__(config)
@@ -361,12 +366,22 @@ class BamoeForCausalLM(BamoePreTrainedModel, GenerationMixin):
     def _group(self) -> dist.ProcessGroup | None:
         """The data-parallel ranks: `data_parallel_group` if set, else all processes; None for a single process.
 
-        Tensor-parallel ranks see the same tokens, so a tensor-parallel model counts alone unless it is given a group.
+        Tensor-parallel ranks see the same tokens, so of a tensor-parallel model it is the ranks along the mesh's
+        `fsdp` axis.
         """
         if self.data_parallel_group is not None:
             return self.data_parallel_group
-        alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
-        return None if alone or (self._tp_size or 1) > 1 else dist.group.WORLD
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return None
+        if (self._tp_size or 1) == 1:
+            return dist.group.WORLD
+        if getattr(self.config.distributed_config, "dp_replicate_size", 1) > 1:
+            raise ValueError(
+                "with dp_replicate_size and tp_size, set data_parallel_group to the ranks that hold batches"
+            )
+        mesh = self._device_mesh
+        both = "fsdp" in (mesh.mesh_dim_names or ()) and mesh["fsdp"].size() > 1
+        return mesh["fsdp"].get_group() if both else None
 
     def _refuse_task_blind_router(self) -> None:
         # By module, not by parameter: adapters train a router under names of their own.

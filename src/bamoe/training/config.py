@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from bamoe.data.corpora import Corpus
 from bamoe.schema import StrictModel, load, parse
@@ -46,6 +47,36 @@ class Schedule(StrictModel):
         return self.final + (1 - self.final) * remaining
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+# One word, or a list of words; see bamoe.training.trainable for what belongs to which.
+Trainable = Annotated[
+    list[Literal["all", "routers", "experts", "shared"]], BeforeValidator(_listed), Field(min_length=1)
+]
+
+
+class Stage(StrictModel):
+    """A part of the run in which only some parameters train. A step belongs to the stage in which it begins."""
+
+    trainable: Trainable
+    until_tokens: PositiveInt | None = Field(None, description="of the run; the last stage goes to its end")
+    reset_optimizer: bool = Field(
+        False, description="what starts to train here forgets the optimizer state of an earlier stage"
+    )
+
+
+class Parallel(StrictModel):
+    """How a model is spread over the processes of a run, of which there are `tensor` times `fsdp`."""
+
+    tensor: PositiveInt = Field(1, description="processes that share the heads and feed-forward widths of one batch")
+    fsdp: PositiveInt | None = Field(
+        None, description="processes that shard weights and optimizer state over their batches; default: all there are"
+    )
+    expert: PositiveInt = Field(1, description="of all of them: those among which the feed-forward experts are divided")
+
+
 class TrainConfig(StrictModel):
     """A training run: continued pre-training of a dense model or a mixture on weighted corpora.
 
@@ -63,6 +94,12 @@ class TrainConfig(StrictModel):
     schedule: Schedule = Field(default_factory=Schedule)
     seed: int = Field(0, ge=0, lt=2**32)
 
+    trainable: Trainable = Field(["all"])
+    stages: list[Stage] = Field(default_factory=list, description="instead of trainable: what trains when")
+    optimizer_state: Literal["reset", "keep"] = Field(
+        "reset", description="keep: start from the state that the model's own run left (keep_optimizer)"
+    )
+
     weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = Field(1.0, ge=0, description="0 does not clip")
@@ -71,6 +108,7 @@ class TrainConfig(StrictModel):
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights while training")
     autocast: Literal["bfloat16"] | None = Field(None, description="compute in bfloat16 with float32 weights")
+    parallel: Parallel | None = Field(None, description="spread the model over the processes; default: a copy in each")
     gradient_checkpointing: bool = False
     document_mask: bool = Field(False, description="documents packed into one block do not see each other")
     router_aux_loss_coef: float | None = Field(None, ge=0, allow_inf_nan=False, description="default: the model's")
@@ -81,6 +119,8 @@ class TrainConfig(StrictModel):
     log_every_steps: PositiveInt = 10
     save_every_tokens: PositiveInt | None = Field(None, description="default: ten times over the run")
     keep_checkpoints: bool = Field(False, description="keep all of them, also after the run")
+    keep_optimizer: bool = Field(False, description="leave the optimizer state beside the model")
+    report_to: list[str] = Field(["tensorboard"], description="trackers, as in transformers")
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -105,8 +145,36 @@ class TrainConfig(StrictModel):
             raise ValueError(f"autocast is for float32 weights; dtype is {self.dtype}")
         for key, corpora in (("data", self.data), ("validation", self.validation)):
             _check_names(key, corpora)
+        self._check_stages()
         self._check_output()
         return self
+
+    def _check_stages(self) -> None:
+        for key, words in [("trainable", self.trainable), *(("stages", stage.trainable) for stage in self.stages)]:
+            if len(set(words)) < len(words) or (len(words) > 1 and "all" in words):
+                raise ValueError(f"{key}: name each part once, and all alone, found {words}")
+        if not self.stages:
+            return
+        if self.trainable != ["all"]:
+            raise ValueError("stages say what trains; leave trainable out")
+        *earlier, last = self.stages
+        if last.until_tokens is not None or any(stage.until_tokens is None for stage in earlier):
+            raise ValueError("every stage but the last needs until_tokens, and the last has none")
+        if self.stages[0].reset_optimizer:
+            raise ValueError("stages.0.reset_optimizer: the first stage starts as optimizer_state says")
+        starts = [*self.stage_starts, self.steps]
+        if any(end <= start for start, end in pairwise(starts)):
+            ends = [stage.until_tokens for stage in earlier]
+            raise ValueError(
+                f"stages: until_tokens must grow, by one step of batch_tokens ({self.batch_tokens}) at least, and "
+                f"leave one for the last stage, found {ends} of {self.tokens} tokens"
+            )
+
+    @property
+    def stage_starts(self) -> list[int]:
+        """The step, counted from 0, with which each stage begins; a run without stages is one stage."""
+        ends = [stage.until_tokens for stage in self.stages if stage.until_tokens is not None]
+        return [0, *(math.ceil(end / self.batch_tokens) for end in ends)]
 
     def _check_multiple(self, larger: str, smaller: str) -> None:
         value, unit = getattr(self, larger), getattr(self, smaller)

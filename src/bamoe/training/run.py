@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run: the model's directory, the tokens and steps it took, the last logged loss, the log."""
+    """A finished run: the model's directory, the tokens and steps it took, the last logged loss, the log.
+
+    `seconds` is the wall-clock time of the steps, over all parts of a resumed run, without evaluations and checkpoints.
+    """
 
     output: Path
     tokens: int
     steps: int
     final_loss: float
     log: Path
+    seconds: float
 
 
 def train(
@@ -48,8 +52,8 @@ def train(
         callbacks: further callbacks for transformers' Trainer.
 
     Raises:
-        BamoeError: a config, model, corpus or output directory that cannot be used, or a loss or weights that are no
-            longer numbers.
+        BamoeError: a config, model, corpus or output directory that cannot be used, a loss or weights that are no
+            longer numbers, or a full disk.
     """
     config = TrainConfig.read(config)
     folder = RunFolder(Path(config.output).expanduser())
@@ -61,13 +65,23 @@ def train(
     from bamoe.checkpoints.reader import resolve
     from bamoe.data.packing import PackedMixture
     from bamoe.data.tokens import read_tokens
+    from bamoe.training.optimizer_state import OPTIMIZER_STATE, KeptOptimizerState, save_optimizer_state
+    from bamoe.training.parallel import ParallelismOnCpu, distributed_config
+    from bamoe.training.stopwatch import Stopwatch
+    from bamoe.training.trackers import closed, trackers
+    from bamoe.training.trainable import check_trainable
     from bamoe.training.trainer import BlockTrainer, RunLog, StopOnDivergence
 
+    reporting = trackers(config.report_to, folder.event_files)
     model_config = load_config(config.model)
     _check_model(config, model_config)
+    check_trainable(config, model_config)
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(tokenizer, model_config)
     arguments = _training_arguments(config, folder)
+    spread = distributed_config(config, model_config, arguments.world_size)
+    if spread is not None and spread.tp_size > 1 and arguments.use_cpu:
+        arguments.parallelism_config = ParallelismOnCpu(tp_size=spread.tp_size, dp_shard_size=spread.fsdp_size)
     # One process tokenises, the others find its result in the cache of `datasets`.
     with arguments.main_process_first(desc="reading the corpora"):
         streams = [read_tokens(corpus, tokenizer) for corpus in config.data]
@@ -80,45 +94,61 @@ def train(
         config.seed,
         config.document_mask,
     )
-    model = load_model(config.model, config.dtype)
+    checkpoint = None if force else folder.last_checkpoint()
+    model = load_model(checkpoint or config.model, config.dtype, spread)
     for name in ("router_aux_loss_coef", "router_z_loss_coef"):
         if (value := getattr(config, name)) is not None:
             setattr(model.config, name, value)
+    kept_state = []
+    if config.optimizer_state == "keep":
+        kept_state = [KeptOptimizerState(resolve(config.model) / OPTIMIZER_STATE, model)]
+    stopwatch = Stopwatch()
 
-    with arguments.main_process_first(local=False, desc="preparing the output"):
-        if arguments.process_index == 0:
-            folder.start(recorded, force)
-    trainer = BlockTrainer(
-        config,
-        model,
-        tokenizer,
-        arguments,
-        blocks,
-        validation,
-        [
-            RunLog(folder.checkpoints / TRAINING_LOG),
-            *(callbacks or []),
-            StopOnDivergence(),  # last: it looks at what the others leave, and at what they ask to be saved
-        ],
-    )
-    checkpoint = folder.last_checkpoint()
-    with _no_bars_while_saving():
+    with ExitStack() as stack:
+        with arguments.main_process_first(local=False, desc="preparing the output"):
+            if arguments.process_index == 0:
+                stack.enter_context(folder.held(recorded, resume, force))
+        if folder.last_checkpoint() != checkpoint:
+            raise ConfigError(f"another run has written to {folder.output} just now; give the command again")
+        stack.enter_context(folder.full_disk_explained())
+        stack.enter_context(closed(reporting))
+        stack.enter_context(_no_bars_while_saving())
+        trainer = BlockTrainer(
+            config,
+            model,
+            tokenizer,
+            arguments,
+            blocks,
+            validation,
+            [
+                RunLog(folder.checkpoints / TRAINING_LOG),
+                *kept_state,
+                *reporting,
+                *(callbacks or []),
+                stopwatch,
+                StopOnDivergence(),  # last: it looks at what the others leave, and at what they ask to be saved
+            ],
+        )
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_model(str(folder.staging))
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    if arguments.process_index == 0:
-        (folder.staging / "training_args.bin").unlink()  # a pickle; training_config.json says the same
-        origin = resolve(config.model) / PROVENANCE_FILE
-        if origin.is_file():
-            shutil.copyfile(origin, folder.staging / PROVENANCE_FILE)
-        folder.finish(config.keep_checkpoints)
-    trainer.accelerator.wait_for_everyone()
+        if config.keep_optimizer:
+            state_file = folder.staging / OPTIMIZER_STATE
+            save_optimizer_state(state_file, trainer.model, trainer.optimizer, write=arguments.process_index == 0)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        if arguments.process_index == 0:
+            (folder.staging / "training_args.bin").unlink()  # a pickle; training_config.json says the same
+            origin = resolve(config.model) / PROVENANCE_FILE
+            if origin.is_file():
+                shutil.copyfile(origin, folder.staging / PROVENANCE_FILE)
+            folder.finish(config.keep_checkpoints)
+        trainer.accelerator.wait_for_everyone()
     return TrainResult(
         output=folder.output,
         tokens=config.steps * config.batch_tokens,
         steps=config.steps,
         final_loss=losses[-1],
         log=folder.output / TRAINING_LOG,
+        seconds=stopwatch.seconds,
     )
 
 
@@ -143,10 +173,6 @@ def _check_model(config: TrainConfig, model_config: PreTrainedConfig) -> None:
         raise ConfigError(
             f"sequence_length ({config.sequence_length}) is more than the {longest} positions of {config.model}"
         )
-    if routers := getattr(model_config, "task_blind_routers", None):
-        from bamoe.modeling.configuration_bamoe import task_blind_message
-
-        raise ConfigError(f"{config.model} cannot be trained: {task_blind_message(routers)}")
     coefficients = [
         name for name in ("router_aux_loss_coef", "router_z_loss_coef") if getattr(config, name) is not None
     ]
@@ -193,11 +219,13 @@ def _training_arguments(config: TrainConfig, folder: RunFolder) -> TrainingArgum
     if arguments.device.type == "cuda":
         # One process drives one GPU; several GPUs take several processes (accelerate launch).
         arguments._n_gpu = 1
-    per_process, uneven = divmod(config.batch_tokens, arguments.world_size)
+    # Tensor-parallel processes work on the same tokens.
+    processes = max(1, arguments.world_size // (config.parallel.tensor if config.parallel else 1))
+    per_process, uneven = divmod(config.batch_tokens, processes)
     micro = config.micro_batch_tokens or per_process
     if uneven or per_process % micro or micro % config.sequence_length:
         raise ConfigError(
-            f"batch_tokens ({config.batch_tokens}) must divide over {arguments.world_size} processes into forward "
+            f"batch_tokens ({config.batch_tokens}) must divide over {processes} processes into forward "
             f"passes of {config.micro_batch_tokens or 'whole'} micro_batch_tokens, in blocks of "
             f"{config.sequence_length} tokens"
         )

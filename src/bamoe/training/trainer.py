@@ -28,7 +28,11 @@ from bamoe.data.tokens import TokenStream
 from bamoe.errors import BamoeError
 from bamoe.evaluation.perplexity import evaluate_streams
 from bamoe.evaluation.routing import router_statistics, update_statistics
+from bamoe.training.collapse import ENOUGH_ASSIGNMENTS, CollapseWatch
 from bamoe.training.config import TrainConfig
+from bamoe.training.optimizer_state import OPTIMIZER_STATE, load_optimizer_state, save_optimizer_state
+from bamoe.training.parallel import all_finite
+from bamoe.training.trainable import TrainableParts
 
 
 class BlockCollator:
@@ -72,8 +76,11 @@ class BlockTrainer(Trainer):
         callbacks: list[TrainerCallback],
     ) -> None:
         self.config = config
+        self.parts = TrainableParts(config, model)
         self.routers = router_statistics(model.config)
         self.router_losses: dict[str, list[torch.Tensor]] = {}
+        # The Trainer would refuse to checkpoint the optimizer of a model spread over processes; this one can.
+        args.save_only_model = True
         super().__init__(
             model=model,
             args=args,
@@ -82,22 +89,53 @@ class BlockTrainer(Trainer):
             eval_dataset=validation or None,
             callbacks=callbacks,
         )
+        args.save_only_model = False
+        self.collapse = CollapseWatch(warns=self.is_world_process_zero())
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # prints every log as a line
         if sys.stderr.isatty():
             self.add_callback(ProgressBar())
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """The config's schedule, by the tokens seen at the end of each step."""
+        """The config's schedule, by the tokens seen at the end of each step; a resumed run goes on where it was."""
         config = self.config
         if self.lr_scheduler is None:
+            optimizer = optimizer or self.optimizer
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
             self.lr_scheduler = LambdaLR(
-                optimizer or self.optimizer,
+                optimizer,
                 lambda step: config.schedule.factor(
                     (step + 1) * config.batch_tokens, config.steps * config.batch_tokens
                 ),
+                last_epoch=self.state.global_step - 1,
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Nothing: the model was read from the checkpoint, in its parts where it is spread over processes."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Whole and by parameter name, so that any number of processes can go on; the schedule needs the step alone."""
+        path = Path(output_dir) / OPTIMIZER_STATE
+        save_optimizer_state(path, self.model, self.optimizer, write=self.args.should_save)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer_state(Path(checkpoint) / OPTIMIZER_STATE, self.model, self.optimizer)
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """One forward and backward pass, of which only the gradients that this stage trains with are left."""
+        step = self.state.global_step
+        self.parts.begin(step, self.model, self.optimizer)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.parts.drop_gradients(step, self.model)
+        return loss
 
     def compute_loss(
         self,
@@ -124,9 +162,9 @@ class BlockTrainer(Trainer):
             logs |= self._router_logs(logs["loss"])
         super().log(logs, start_time)
 
-    def _router_logs(self, loss: float) -> dict[str, float]:
+    def _router_logs(self, loss: float) -> dict[str, Any]:
         """Means since the last log, over all processes."""
-        logs: dict[str, float] = {}
+        logs: dict[str, Any] = {}
         for name, values in self.router_losses.items():
             logs[name] = float(self.accelerator.reduce(torch.stack(values).mean(), "mean"))
         if logs:
@@ -134,11 +172,18 @@ class BlockTrainer(Trainer):
             coefficients = {"aux_loss": "router_aux_loss_coef", "z_loss": "router_z_loss_coef"}
             weighted = sum(getattr(model_config, coefficients[name], 0.0) * value for name, value in logs.items())
             logs["cross_entropy"] = loss - weighted
+        loads = {}
         for kind, statistics in self.routers.items():
             if statistics.sums is None:
                 continue
-            statistics.sums = self.accelerator.reduce(statistics.sums, "sum")
+            # Tensor-parallel processes have counted the same tokens.
+            statistics.sums = self.accelerator.reduce(statistics.sums, "sum") / self.get_tp_size()
+            # A soft router runs every expert, and the first step shows it as it was made.
+            per_expert = statistics.sums[-1].mean() * (statistics.top_k or 0) / statistics.sums.shape[-1]
+            judged = self.state.global_step > 1 and per_expert >= ENOUGH_ASSIGNMENTS
             for number, layer in enumerate(statistics.layers()):
+                if judged:
+                    loads[f"{kind} router of layer {number}"] = layer.load
                 prefix = f"{kind}_router/layer_{number}"
                 logs[f"{prefix}/load_min"] = min(layer.load)
                 logs[f"{prefix}/load_max"] = max(layer.load)
@@ -146,7 +191,12 @@ class BlockTrainer(Trainer):
                 logs[f"{prefix}/token_entropy"] = layer.token_entropy
             statistics.sums = None
         self.router_losses.clear()
-        return logs
+        return logs | self.collapse.logs(loads, self.state.global_step)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Wait for the files of all processes: the one written next says that the checkpoint is whole."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -197,7 +247,7 @@ class RunLog(TrainerCallback):
 class StopOnDivergence(TrainerCallback):
     """Ends a run that diverged: at a logged loss that is not finite, and before such weights are evaluated or saved.
 
-    So the weights of every checkpoint and of the final model are finite. Every process holds all the weights and logs
+    So the weights of every checkpoint and of the final model are finite. All processes ask together and log
     the mean loss, so all of them stop at the same step.
     """
 
@@ -210,7 +260,7 @@ class StopOnDivergence(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         used = control.should_save or control.should_evaluate or state.global_step >= state.max_steps
-        if used and model is not None and not _all_finite(model):
+        if used and model is not None and not all_finite(model):
             raise _diverged("the weights hold NaN or Inf", state)
 
     def on_log(
@@ -240,12 +290,6 @@ class ProgressBar(ProgressCallback):
         shown = ("loss", "aux_loss", "eval_average_perplexity")
         if self.training_bar is not None:
             self.training_bar.set_postfix({key: f"{value:.4g}" for key, value in (logs or {}).items() if key in shown})
-
-
-@torch.no_grad()
-def _all_finite(model: torch.nn.Module) -> bool:
-    # One answer fetched from the device, not one per parameter.
-    return bool(torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all())
 
 
 def _diverged(what: str, state: TrainerState) -> BamoeError:
