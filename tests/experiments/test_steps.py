@@ -1,5 +1,6 @@
-"""Steps: their order, what makes them run again, and what happens when one fails."""
+"""Steps: their order, what makes them run again, which are chosen, and what happens when one fails."""
 
+import json
 import threading
 from pathlib import Path
 
@@ -7,11 +8,17 @@ import pytest
 
 from bamoe.errors import ConfigError
 from bamoe.experiments.steps import Step, StepError, run_steps
+from bamoe.locks import locked
 
 
 def write(path, text):
     Path(path).write_text(text)
     return len(text)
+
+
+def append(path):
+    with Path(path).open("a") as file:
+        file.write("x")
 
 
 def refuse(reason):
@@ -24,14 +31,16 @@ def wait_for_ever():
 
 @pytest.fixture
 def run(tmp_path):
-    def run(steps, workers=0):
+    def run(steps, workers=0, only=None):
         events = []
-        results = run_steps(
+        records = run_steps(
             steps,
-            tmp_path / "records",
+            tmp_path / "out",
             workers=workers,
+            only=only,
             listener=lambda event, step, _: events.append((event, step.name)),
         )
+        results = {name: record["result"] for name, record in records.items()}
         return results, [name for event, name in events if event == "finished"]
 
     return run
@@ -40,36 +49,86 @@ def run(tmp_path):
 def chain(tmp_path, first="a", inputs=None):
     a, b = tmp_path / "a.txt", tmp_path / "b.txt"
     return [
-        Step("a", write, {"path": str(a), "text": first}, makes=[a], inputs=inputs),
-        Step("b", write, {"path": str(b), "text": "bb"}, needs=["a"], makes=[b]),
-        Step("c", write, {"path": str(tmp_path / "c.txt"), "text": "ccc"}),
+        Step("one/a", write, {"path": str(a), "text": first}, makes=[a], inputs=inputs),
+        Step("one/b", write, {"path": str(b), "text": "bb"}, needs=["one/a"], makes=[b]),
+        Step("two/c", write, {"path": str(tmp_path / "c.txt"), "text": "ccc"}),
     ]
 
 
 def test_results_come_by_name_and_are_kept(run, tmp_path):
-    assert run(chain(tmp_path)) == ({"a": 1, "b": 2, "c": 3}, ["a", "b", "c"])
-    assert run(chain(tmp_path)) == ({"a": 1, "b": 2, "c": 3}, [])
+    assert run(chain(tmp_path)) == ({"one/a": 1, "one/b": 2, "two/c": 3}, ["one/a", "one/b", "two/c"])
+    assert run(chain(tmp_path)) == ({"one/a": 1, "one/b": 2, "two/c": 3}, [])
+
+
+def test_the_record_says_what_was_called_with_what_by_what(run, tmp_path):
+    run(chain(tmp_path, inputs={"file": "a hash"}))
+    record = json.loads((tmp_path / "out" / "one" / "a" / "step.json").read_text())
+    assert record["arguments"] == {"path": str(tmp_path / "a.txt"), "text": "a"}
+    assert record["inputs"] == {"file": "a hash"}
+    assert record["environment"]["torch"]
+    assert record["code"]["bamoe"]
+    after = json.loads((tmp_path / "out" / "one" / "b" / "step.json").read_text())
+    assert after["needs"] == {"one/a": record["fingerprint"]}
 
 
 def test_a_changed_argument_or_input_runs_the_step_and_what_needs_it(run, tmp_path):
     run(chain(tmp_path))
-    assert run(chain(tmp_path, first="aaaa")) == ({"a": 4, "b": 2, "c": 3}, ["a", "b"])
-    assert run(chain(tmp_path, first="aaaa", inputs="the text of a config"))[1] == ["a", "b"]
+    assert run(chain(tmp_path, first="aaaa")) == ({"one/a": 4, "one/b": 2, "two/c": 3}, ["one/a", "one/b"])
+    assert run(chain(tmp_path, first="aaaa", inputs="another hash"))[1] == ["one/a", "one/b"]
+
+
+def test_a_changed_step_starts_in_an_empty_folder_and_an_interrupted_one_finds_its_own(run, tmp_path):
+    folder = tmp_path / "out" / "step"
+    step = Step("step", append, {"path": str(folder / "file")})
+    run([step])
+    (folder / "step.json").unlink()  # as if it had been killed before its record
+    run([step])
+    assert (folder / "file").read_text() == "xx"
+    run([Step("step", append, {"path": str(folder / "file")}, inputs="changed")])
+    assert (folder / "file").read_text() == "x"
 
 
 def test_a_lost_output_or_a_torn_record_is_made_again(run, tmp_path):
     run(chain(tmp_path))
     (tmp_path / "b.txt").unlink()
-    assert run(chain(tmp_path))[1] == ["b"]
-    (tmp_path / "records" / "c.json").write_text('{"fingerprint": "')
-    assert run(chain(tmp_path))[1] == ["c"]
+    assert run(chain(tmp_path))[1] == ["one/b"]
+    (tmp_path / "out" / "two" / "c" / "step.json").write_text('{"fingerprint": "')
+    assert run(chain(tmp_path))[1] == ["two/c"]
+
+
+def test_only_the_steps_that_a_pattern_names_run(run, tmp_path):
+    assert run(chain(tmp_path), only=["two"])[1] == ["two/c"]
+    assert run(chain(tmp_path), only=[])[0] == {"two/c": 3}
+    with pytest.raises(StepError, match="one/b needs one/a, not done"):
+        run(chain(tmp_path), only=["one/b"])
+    assert run(chain(tmp_path), only=["one/*"])[1] == ["one/a", "one/b"]
+    with pytest.raises(ConfigError, match="--only three: no such step; there are one/a, one/b, two/c"):
+        run(chain(tmp_path), only=["three"])
+
+
+def test_two_runs_into_one_folder_refuse_each_other(run, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with locked(out / ".lock", "out"), pytest.raises(ConfigError, match=r"out is in use by another run \(process \d+"):
+        run(chain(tmp_path))
+    with locked(out / ".lock", "out", shared=True):
+        with pytest.raises(ConfigError, match="in use"):
+            run(chain(tmp_path))
+        assert run(chain(tmp_path), only=["two"])[1] == ["two/c"]  # beside another run of chosen steps
+        (out / "one" / "a").mkdir(parents=True)
+        with (
+            locked(out / "one" / "a" / ".lock", "that"),
+            pytest.raises(ConfigError, match="a is in use by another run"),
+        ):
+            run(chain(tmp_path), only=["one/a"])
+    assert run(chain(tmp_path))[1] == ["one/a", "one/b"]
 
 
 def test_a_failed_step_is_named_and_what_was_finished_before_it_is_kept(run, tmp_path):
-    steps = [*chain(tmp_path)[:2], Step("d", refuse, {"reason": "no such thing"}, needs=["b"])]
+    steps = [*chain(tmp_path)[:2], Step("d", refuse, {"reason": "no such thing"}, needs=["one/b"])]
     with pytest.raises(StepError, match="step 'd': no such thing"):
         run(steps)
-    assert run(chain(tmp_path))[1] == ["c"]
+    assert run(chain(tmp_path))[1] == ["two/c"]
 
 
 def test_a_failure_does_not_wait_for_the_steps_beside_it(run):

@@ -14,6 +14,7 @@ from bamoe.cli.demo import demo
 from bamoe.cli.evaluate import evaluate
 from bamoe.cli.generate import generate
 from bamoe.cli.inspect import inspect
+from bamoe.cli.run import run
 from bamoe.cli.train import train
 from bamoe.cli.upcycle import upcycle
 from bamoe.errors import BamoeError
@@ -32,6 +33,7 @@ _SUMMARIES: dict[Callable[..., None], str] = {
     train: "Train a model on weighted corpora.",
     evaluate: "Measure perplexity and routing.",
     generate: "Continue a prompt.",
+    run: "Run an experiment: compare variants.",
     demo: "The three phases, on built-in text.",
 }
 for command, summary in _SUMMARIES.items():

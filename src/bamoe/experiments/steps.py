@@ -1,4 +1,9 @@
-"""Steps of an experiment: each done once, side by side where they do not need each other, resumed after a stop."""
+"""Steps of an experiment: each done once, side by side where they do not need each other, resumed after a stop.
+
+A step has a folder of its own, `root`/NAME, for whatever it writes; NAME may have slashes. `step.json` there is its
+record: what it was called with, the hashes of what it read, what ran it, and its result. It appears when the step is
+done, and stands as long as the step's fingerprint (of its arguments, its inputs and everything before it) is the same.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +11,29 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from bamoe.errors import BamoeError
+from bamoe.errors import BamoeError, ConfigError
+from bamoe.experiments.environment import code_version, environment
+from bamoe.locks import locked
 
 Event = Literal["kept", "started", "finished"]
 Listener = Callable[[Event, "Step", float], None]  # with the seconds the step took, 0 when it starts
+
+RECORD, LOG = "step.json", "log.txt"
+_STARTED, _LOCK = ".started", ".lock"
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,8 @@ class Step:
 
     function: of a module, so that a worker process can find it.
     needs: the steps that come first; `makes`: the files or folders that must exist for the step to count as done.
-    inputs: anything else the result depends on, such as the text of a config file.
+    inputs: anything else the result depends on, such as the hashes of the files it reads.
+    means: further arguments, which say how the result is reached and not what it is.
     """
 
     name: str
@@ -38,7 +51,16 @@ class Step:
     arguments: Mapping[str, Any]
     needs: Sequence[str] = ()
     makes: Sequence[Path] = ()
-    inputs: Any = field(default=None)
+    inputs: Any = None
+    means: Mapping[str, Any] = field(default_factory=dict)
+
+    def is_called(self, pattern: str) -> bool:
+        """Whether `pattern` names this step: all of its name, or whole parts of it, with wildcards."""
+        parts, wanted = self.name.split("/"), pattern.strip("/").split("/")
+        return any(
+            all(map(fnmatchcase, parts[start : start + len(wanted)], wanted))
+            for start in range(len(parts) - len(wanted) + 1)
+        )
 
 
 class StepError(BamoeError):
@@ -46,63 +68,138 @@ class StepError(BamoeError):
 
 
 def run_steps(
-    steps: Sequence[Step], records: Path, *, workers: int, listener: Listener = lambda event, step, seconds: None
+    steps: Sequence[Step],
+    root: Path,
+    *,
+    workers: int,
+    only: Collection[str] | None = None,
+    listener: Listener = lambda event, step, seconds: None,
 ) -> dict[str, Any]:
-    """Run the steps that are not done yet and return every step's result.
+    """Run the steps that are not done yet and return the records of all steps that are done, by name.
 
-    A finished step leaves `records`/NAME.json with its result and a fingerprint of its arguments and of everything
-    before it. It is kept as long as that is the same, also when the folder around `records` is moved. Where several
-    could start, the first in the list does.
+    A finished step is kept as long as its fingerprint is the same, also when `root` is moved; one that has changed
+    starts again in an empty folder. Where several could start, the first in the list does.
 
     Args:
         steps: in an order in which each comes after what it needs.
-        records: a folder for the records and the logs of the workers.
         workers: processes, each with one thread, so that results do not depend on how many there are; 0 runs
-            everything in this process.
+            everything in this process. With GPUs, each process has one of them.
+        only: run only the steps that one of these patterns names (none: just read the records); what they need must be
+            done. Several such runs may share `root`.
         listener: told of every step kept, started and finished.
 
     Raises:
-        StepError: a step ended in an error of the user's; other errors come out as they are. Other running steps stop.
+        ConfigError: another run uses `root` or one of the steps, or a pattern names no step.
+        StepError: a step ended in an error of the user's, or what it needs is not done; other errors come out as they
+            are. Other running steps stop.
     """
-    records.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {}
-    fingerprints: dict[str, str] = {}
-    waiting: list[Step] = []
-    for step in steps:
-        fingerprints[step.name] = _fingerprint(step, fingerprints, records.parent)
-        record = _read_record(records, step.name)
-        done = record.get("fingerprint") == fingerprints[step.name] and all(path.exists() for path in step.makes)
-        if done and all(name in results for name in step.needs):
-            results[step.name] = record["result"]
-            listener("kept", step, record["seconds"])
-        else:
-            waiting.append(step)
-    if not waiting:
-        return results
+    root.mkdir(parents=True, exist_ok=True)
+    chosen = _chosen(steps, only)
+    with ExitStack() as locks:
+        locks.enter_context(locked(root / _LOCK, str(root), shared=only is not None))
+        done = _Done(root, steps)
+        for step in steps:
+            if step.name in done.records:
+                listener("kept", step, done.records[step.name]["seconds"])
+        waiting = [step for step in steps if step.name in chosen and step.name not in done.records]
+        for step in waiting:
+            if only is not None and (
+                missing := [name for name in step.needs if name not in done.records and name not in chosen]
+            ):
+                raise StepError(f"{step.name} needs {', '.join(missing)}, not done in {root}; run that first")
+            (root / step.name).mkdir(parents=True, exist_ok=True)
+            if only is not None:
+                locks.enter_context(locked(root / step.name / _LOCK, f"{root / step.name}"))
+        if waiting:
+            _run(waiting, root, done, workers, listener)
+    return done.records
+
+
+def _chosen(steps: Sequence[Step], only: Collection[str] | None) -> set[str]:
+    for pattern in only or ():
+        if not any(step.is_called(pattern) for step in steps):
+            names = ", ".join(step.name for step in steps)
+            raise ConfigError(f"--only {pattern}: no such step; there are {names}")
+    return {step.name for step in steps if only is None or any(step.is_called(pattern) for pattern in only)}
+
+
+class _Done:
+    """What is done in `root`: the records of its steps, and the fingerprints that they must have."""
+
+    def __init__(self, root: Path, steps: Sequence[Step]) -> None:
+        self.root = root
+        self.code = code_version()
+        self.records: dict[str, dict[str, Any]] = {}
+        self.fingerprints: dict[str, str] = {}
+        for step in steps:
+            self.fingerprints[step.name] = _fingerprint(step, self.fingerprints, root)
+            record = _read_json(root / step.name / RECORD)
+            same = record.get("fingerprint") == self.fingerprints[step.name]
+            if same and all(path.exists() for path in step.makes) and all(name in self.records for name in step.needs):
+                self.records[step.name] = record
+
+    def begin(self, step: Step) -> None:
+        """Make the step's folder ready: as an interrupted call left it, or empty if that was another call."""
+        folder, fingerprint = self.root / step.name, self.fingerprints[step.name]
+        started = folder / _STARTED
+        if not started.is_file() or started.read_text(encoding="utf-8") != fingerprint:
+            for path in folder.iterdir():
+                if path.name != _LOCK:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            started.write_text(fingerprint, encoding="utf-8")
+
+    def finish(self, step: Step, outcome: _Outcome) -> None:
+        """Keep the step's result, as it will be read again."""
+        record: dict[str, Any] = {
+            "step": step.name,
+            "fingerprint": self.fingerprints[step.name],
+            "function": f"{step.function.__module__}.{step.function.__qualname__}",
+            "arguments": step.arguments,
+            "means": step.means,
+            "inputs": step.inputs,
+            "needs": {name: self.fingerprints[name] for name in step.needs},
+            "code": self.code,
+            "environment": outcome.environment,
+            "seconds": round(outcome.seconds, 3),
+            "result": outcome.result,
+        }
+        path = self.root / step.name / RECORD
+        _write_json(path, record)
+        self.records[step.name] = _read_json(path)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    result: Any
+    seconds: float
+    environment: dict[str, Any]
+
+
+def _run(waiting: list[Step], root: Path, done: _Done, workers: int, listener: Listener) -> None:
+    running: dict[Future[_Outcome], Step] = {}
     with _executor(workers) as executor:
-        running: dict[Future[tuple[Any, float]], Step] = {}
         while waiting or running:
-            ready = [step for step in waiting if all(name in results for name in step.needs)]
+            ready = [step for step in waiting if all(name in done.records for name in step.needs)]
             for step in ready[: max(workers, 1) - len(running)]:
                 waiting.remove(step)
+                done.begin(step)
                 listener("started", step, 0.0)
-                log = records / f"{step.name}.log" if workers else None
-                running[executor.submit(_timed, step.function, dict(step.arguments), log)] = step
+                log = root / step.name / LOG if workers else None
+                running[executor.submit(_timed, step.function, {**step.arguments, **step.means}, log)] = step
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 step = running.pop(future)
                 try:
-                    results[step.name], seconds = future.result()
+                    outcome = future.result()
                 except BamoeError as error:
                     raise StepError(f"step {step.name!r}: {error}") from error
                 except BrokenProcessPool as error:
                     names = ", ".join(sorted({step.name, *(other.name for other in running.values())}))
                     raise StepError(
-                        f"a worker process died during {names} (out of memory?); its log is in {records}. The same "
-                        "command goes on from here"
+                        f"a worker process died during {names} (out of memory?); its {LOG} is in the step's folder in "
+                        f"{root}. The same command goes on from here"
                     ) from error
-                _write_record(records, step.name, fingerprints[step.name], results[step.name], seconds)
-                listener("finished", step, seconds)
-    return results
+                done.finish(step, outcome)
+                listener("finished", step, outcome.seconds)
 
 
 def _fingerprint(step: Step, before: Mapping[str, str], root: Path) -> str:
@@ -117,28 +214,26 @@ def _fingerprint(step: Step, before: Mapping[str, str], root: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read_record(records: Path, name: str) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads((records / f"{name}.json").read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-def _write_record(records: Path, name: str, fingerprint: str, result: Any, seconds: float) -> None:
-    path = records / f"{name}.json"
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     partial = path.with_suffix(".partial")
-    record = {"fingerprint": fingerprint, "seconds": round(seconds, 3), "result": result}
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
-def _timed(function: Callable[..., Any], arguments: dict[str, Any], log: Path | None) -> tuple[Any, float]:
+def _timed(function: Callable[..., Any], arguments: dict[str, Any], log: Path | None) -> _Outcome:
     if log is not None:
         _write_output_to(log)
     start = time.perf_counter()
     result = function(**arguments)
-    return result, time.perf_counter() - start
+    return _Outcome(result, time.perf_counter() - start, environment())
 
 
 class _InThisProcess(Executor):
@@ -160,7 +255,11 @@ def _executor(workers: int) -> Iterator[Executor]:
         return
     others = set(multiprocessing.active_children())
     # Spawned, not forked: a forked copy of a process that has used torch's threads may hang.
-    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_become_worker)
+    context = multiprocessing.get_context("spawn")
+    places = context.Queue()
+    for place in range(workers):
+        places.put(place)
+    executor = ProcessPoolExecutor(workers, context, initializer=_become_worker, initargs=(places,))
     try:
         yield executor
         executor.shutdown()
@@ -171,12 +270,14 @@ def _executor(workers: int) -> Iterator[Executor]:
         raise
 
 
-def _become_worker() -> None:
+def _become_worker(places: Any) -> None:
     """One thread per process: small matrices gain nothing from more, and results must not depend on the machine."""
     import torch
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(places.get() % torch.cuda.device_count())
     # Ctrl-C reaches every process of the terminal; the parent stops its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # By default a lock between processes, which a worker stopped in its work would leave behind.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,13 @@ from bamoe.checkpoints.reader import CheckpointReader, resolve
 from bamoe.errors import BamoeError, CheckpointError, CompatibilityError, ConfigError
 from bamoe.families import family_of
 from bamoe.modeling.configuration_bamoe import BamoeConfig
-from bamoe.modeling.costs import count_parameters, flops_per_token, kv_cache_bytes_per_token
+from bamoe.modeling.costs import (
+    FlopsPerToken,
+    ParameterCounts,
+    count_parameters,
+    flops_per_token,
+    kv_cache_bytes_per_token,
+)
 
 
 def inspect(source: str | Path, context: int | None = None) -> dict[str, Any]:
@@ -35,29 +43,61 @@ def inspect(source: str | Path, context: int | None = None) -> dict[str, Any]:
         raw, path = reader.config, reader.path
         dtypes = {info.dtype for info in reader.tensors.values()}
     dense = raw.get("model_type") != BamoeConfig.model_type
-    config = _dense_config(raw) if dense else load_config(path)
-    assert isinstance(config, BamoeConfig)
-    context = context or config.max_position_embeddings
-    counts, flops = count_parameters(config), flops_per_token(config, context)
-    # A dense model is a mixture of one expert, less that expert's router.
-    routers = config.num_hidden_layers * config.hidden_size if dense else 0
-    feed_forward = flops.feed_forward - 2 * routers
+    config = None if dense else load_config(path)
+    assert config is None or isinstance(config, BamoeConfig)
+    costs = dense_costs(raw, context) if config is None else mixture_costs(config, context)
     widest = max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
     return {
         "architecture": raw["model_type"],
-        "experts": None if dense else _experts(config),
-        "parameters": {"total": counts.total - routers, "active": counts.active - routers},
-        "context": context,
+        "experts": None if config is None else _experts(config),
+        "parameters": {"total": costs.parameters.total, "active": costs.parameters.active},
+        "context": costs.context,
         "flops_per_token": {
-            "attention": round(flops.attention),
-            "feed_forward": round(feed_forward),
-            "head": round(flops.head),
-            "total": round(flops.attention + feed_forward + flops.head),
+            "attention": round(costs.flops_per_token.attention),
+            "feed_forward": round(costs.flops_per_token.feed_forward),
+            "head": round(costs.flops_per_token.head),
+            "total": round(costs.flops_per_token.total),
         },
         "dtype": str(widest).removeprefix("torch."),
-        "kv_cache_bytes_per_token": kv_cache_bytes_per_token(config, widest.itemsize),
+        "kv_cache_bytes_per_token": costs.kv_cache_values_per_token * widest.itemsize,
         "provenance": _provenance(path),
     }
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model of a config costs; FLOPs are those of sequences of `context` tokens."""
+
+    parameters: ParameterCounts
+    flops_per_token: FlopsPerToken
+    kv_cache_values_per_token: int
+    context: int
+
+
+def mixture_costs(config: BamoeConfig, context: int | None = None) -> Costs:
+    """Costs of a mixture, from its config alone; `context` defaults to the model's maximum."""
+    context = context or config.max_position_embeddings
+    return Costs(
+        count_parameters(config), flops_per_token(config, context), kv_cache_bytes_per_token(config, 1), context
+    )
+
+
+def dense_costs(raw: Mapping[str, Any], context: int | None = None) -> Costs:
+    """Costs of a dense model, from what its config.json holds.
+
+    Raises:
+        CompatibilityError: an architecture that is not supported, or a config that no model can have.
+    """
+    config = _dense_config(dict(raw))
+    costs = mixture_costs(config, context)
+    # A dense model is a mixture of one expert, less that expert's router.
+    router = config.num_hidden_layers * config.hidden_size
+    counts, flops = costs.parameters, costs.flops_per_token
+    return replace(
+        costs,
+        parameters=ParameterCounts(counts.total - router, counts.active - router),
+        flops_per_token=replace(flops, feed_forward=flops.feed_forward - 2 * router),
+    )
 
 
 def _dense_config(raw: dict[str, Any]) -> BamoeConfig:

@@ -1,0 +1,242 @@
+"""From the records of an experiment's steps to the record that its report shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from bamoe.experiments.phases import BLOCKS_FILE, RECIPE_FILE, TRAINING_FILE
+from bamoe.experiments.rows import SEED, Row
+from bamoe.experiments.schema import Experiment
+from bamoe.experiments.statistics import interval_over_seeds, interval_over_text
+from bamoe.reports.record import (
+    DifferenceRecord,
+    ExperimentRecord,
+    ParameterMatch,
+    RowRecord,
+    RunRecord,
+    TableRecord,
+)
+
+Records = Mapping[str, Mapping[str, Any]]
+_BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
+
+
+def collect(
+    experiment: Experiment, rows: list[Row], records: Records, out: Path, *, command: str, config: str
+) -> ExperimentRecord:
+    """Put the results of all steps in `out` together."""
+    found = _Found(experiment, rows, records, out)
+    tables = _tables(experiment, rows)
+    return ExperimentRecord(
+        name=experiment.name,
+        description=experiment.description,
+        command=command,
+        domains=experiment.domain_names,
+        seeds=experiment.seeds,
+        sequence_length=experiment.sequence_length,
+        rows=[found.row(row) for row in rows],
+        tables=tables,
+        differences=found.differences(tables),
+        parameter_matches=_parameter_matches(experiment, rows),
+        own_expert=found.own_expert(),
+        corpora=records["text"]["result"],
+        environment=records[found.step("evaluate", rows[-1], found.seeds(rows[-1])[0])]["environment"],
+        code=records["text"]["code"],
+        config=config,
+        notes=found.notes(),
+        samples=records["sample"]["result"] if experiment.samples else {},
+    )
+
+
+class _Found:
+    def __init__(self, experiment: Experiment, rows: list[Row], records: Records, out: Path) -> None:
+        self.experiment, self.records, self.out = experiment, records, out
+        self.rows = {row.key: row for row in rows}
+
+    def seeds(self, row: Row) -> list[int]:
+        """The random seeds that a row was trained with."""
+        chosen = row.entry.seeds if row.entry is not None else None
+        return [seed for seed in self.experiment.seeds if chosen is None or seed in chosen]
+
+    @staticmethod
+    def step(kind: str, row: Row, seed: int) -> str:
+        """The name of a row's step."""
+        if kind == "train" and row.key == SEED:
+            return f"run-{seed}/seed"
+        return f"run-{seed}/{'branch' if kind == 'train' and row.entry is None else kind}/{row.key}"
+
+    def result(self, kind: str, row: Row, seed: int) -> dict[str, Any]:
+        """What a row's step returned; a given seed was not trained."""
+        return dict(self.records.get(self.step(kind, row, seed), {}).get("result", {}))
+
+    def row(self, row: Row) -> RowRecord:
+        """A row with all its runs."""
+        seeds = self.seeds(row)
+        history = [self.rows[key] for key in row.inherited] + [row]
+        tokens = {part.key: int(self.result("train", part, seeds[0]).get("tokens", 0)) for part in history}
+        flops = {part.key: part.flops_per_token * tokens[part.key] for part in history}
+        mixture = self.experiment.mixture
+        shared = row.entry is not None and row.phase == 2 and row.budget == "data" and not row.entry.training
+        same_rate = row.entry is None or row.entry.learning_rate in (None, mixture.learning_rate)
+        dtype = str((row.training or {}).get("dtype", self.experiment.training.get("dtype", "float32")))
+        return RowRecord(
+            key=row.key,
+            name=row.name,
+            budget=row.budget,
+            total_parameters=row.costs.parameters.total,
+            active_parameters=row.costs.parameters.active,
+            own_tokens=tokens[row.key],
+            tokens=sum(tokens.values()),
+            own_flops=flops[row.key],
+            flops=sum(flops.values()),
+            kv_cache_bytes_per_token=row.costs.kv_cache_values_per_token * _BYTES_PER_VALUE[dtype],
+            runs=[self.run(row, seed) for seed in seeds],
+            aside=row.entry is None,
+            same_batches=shared and same_rate,
+        )
+
+    def run(self, row: Row, seed: int) -> RunRecord:
+        """One row with one random seed."""
+        evaluation = self.result("evaluate", row, seed)
+        trained = self.result("train", row, seed)
+        domains = evaluation["domains"]
+        return RunRecord(
+            seed=seed,
+            perplexity={name: domains[name]["perplexity"] for name in self.experiment.domain_names},
+            bits_per_byte={name: domains[name]["bits_per_byte"] for name in self.experiment.domain_names},
+            average_perplexity=evaluation["average_perplexity"],
+            average_log_perplexity=evaluation["average_log_perplexity"],
+            routing=evaluation["routing"],
+            loss_curve=[(tokens, loss) for tokens, loss in trained.get("loss", [])],
+            validation_curve=[(tokens, average) for tokens, average in trained.get("validation", [])],
+            seconds=trained.get("seconds", 0.0),
+            command=self._command(row, seed),
+            specialization=evaluation.get("specialization"),
+        )
+
+    def _command(self, row: Row, seed: int) -> str:
+        """What makes a row's numbers again, from the files in its steps' folders."""
+        parts: list[list[str]] = []
+        model = self.experiment.seed.model or ""
+        if row.recipe is not None:
+            folder = self._shown(self.step("mix", row, seed))
+            parts.append(["bamoe", "upcycle", f"{folder}/{RECIPE_FILE}", f"{folder}/model", "--force"])
+        if (step := self.step("train", row, seed)) in self.records:
+            folder = self._shown(step)
+            parts.append(["bamoe", "train", f"{folder}/{TRAINING_FILE}", "--force"])
+            model = f"{folder}/model"
+        evaluated = self.records[self.step("evaluate", row, seed)]["arguments"]
+        data = [f"{corpus['name']}={_relative(corpus['path'])}" for corpus in evaluated["corpora"]]
+        length = str(self.experiment.sequence_length)
+        flags = [flag for item in data for flag in ("--data", item)]
+        parts.append(["bamoe", "evaluate", model, "--sequence-length", length, *flags])
+        return " && ".join(shlex.join(part) for part in parts)
+
+    def _shown(self, step: str) -> str:
+        return _relative(self.out / step)
+
+    def differences(self, tables: list[TableRecord]) -> list[DifferenceRecord]:
+        """Every row of a table against the table's own, each pair once."""
+        pairs = dict.fromkeys(
+            (key, table.against)
+            for table in tables
+            for key in table.rows
+            if table.against not in (None, key) and self.rows[key].entry is not None
+        )
+        return [self._difference(self.rows[key], self.rows[str(against)]) for key, against in pairs]
+
+    def _difference(self, row: Row, other: Row) -> DifferenceRecord:
+        # Only seeds that both have: a pair shares its dense models, its text and the order of it.
+        seeds = [seed for seed in self.seeds(row) if seed in self.seeds(other)]
+        scores = [[self.result("evaluate", each, seed) for seed in seeds] for each in (row, other)]
+        logs, averages = (
+            [[score[key] for score in each] for each in scores]
+            for key in ("average_log_perplexity", "average_perplexity")
+        )
+        blocks = [self._blocks(each, seeds) for each in (row, other)]
+        return DifferenceRecord(
+            row=row.key,
+            against=other.key,
+            relative=fmean(averages[0]) / fmean(averages[1]) - 1,
+            over_seeds=interval_over_seeds([own - others for own, others in zip(*logs, strict=True)]),
+            over_text=interval_over_text(blocks[0]["nats"], blocks[1]["nats"], blocks[0]["tokens"]),
+        )
+
+    def _blocks(self, row: Row, seeds: list[int]) -> dict[str, dict[str, Any]]:
+        """Scores of every block, the mean over the seeds."""
+        runs = [
+            json.loads((self.out / self.step("evaluate", row, seed) / BLOCKS_FILE).read_text(encoding="utf-8"))
+            for seed in seeds
+        ]
+        nats = {domain: np.mean([run["nats"][domain] for run in runs], axis=0) for domain in runs[0]["nats"]}
+        return {"nats": nats, "tokens": runs[0]["tokens"]}
+
+    def own_expert(self) -> dict[str, float] | None:
+        """Each text read by its own dense model: what a perfect choice among them would reach without a mixture."""
+        experiment = self.experiment
+        experts = {str(experiment.general): SEED, **{name: name for name in experiment.branches.domains or []}}
+        if set(experts) != set(experiment.domain_names):
+            return None
+        own = {
+            domain: fmean(
+                self.result("evaluate", self.rows[experts[domain]], seed)["domains"][domain]["perplexity"]
+                for seed in experiment.seeds
+            )
+            for domain in experiment.domain_names
+        }
+        return {**own, "average": fmean(own.values())}
+
+    def notes(self) -> list[str]:
+        """What a reader of the numbers must know."""
+        notes = []
+        if self.experiment.seed.model is not None:
+            notes.append(f"The seed was given ({self.experiment.seed.model}): its own training is in no row's tokens.")
+        if len(self.experiment.seeds) == 1:
+            notes.append("One random seed: intervals speak of other text, not of other runs.")
+        versions = {json.dumps(record["code"], sort_keys=True) for record in self.records.values()}
+        if len(versions) > 1:
+            notes.append(f"The steps were run by {len(versions)} versions of the code; each step.json says by which.")
+        frozen = [row.name for row in self.rows.values() if (row.training or {}).get("trainable", "all") != "all"]
+        if frozen:
+            notes.append(f"FLOPs count the whole backward pass, also where weights are frozen: {', '.join(frozen)}.")
+        return notes
+
+
+def _tables(experiment: Experiment, rows: list[Row]) -> list[TableRecord]:
+    if experiment.tables:
+        return [TableRecord(table.title, table.rows, table.against, table.caption) for table in experiment.tables]
+    keys = [row.key for row in rows]
+    against = next((key for key in ("btx-top-1", "dense-mixture", "dense-all") if key in keys), None)
+    return [TableRecord("Perplexity on held-out text", keys, against)]
+
+
+def _parameter_matches(experiment: Experiment, rows: list[Row]) -> list[ParameterMatch]:
+    """How far every BTX with more seats than models is from the BAM that it is meant to match."""
+    by_key = {row.key: row for row in rows}
+    models = len(experiment.branches.domains or []) + 1
+    matches = []
+    for row in rows:
+        if row.entry is None or row.recipe is None or row.recipe["recipe"] != "btx":
+            continue
+        default = "bam-kv-experts" if row.recipe["seats"] > models and "bam-kv-experts" in by_key else None
+        other = by_key.get(row.entry.parameters_of or default or "")
+        if other is not None:
+            own, others = row.costs.parameters, other.costs.parameters
+            matches.append(
+                ParameterMatch(row.key, other.key, own.total / others.total - 1, own.active / others.active - 1)
+            )
+    return matches
+
+
+def _relative(path: str | Path) -> str:
+    """As seen from the working directory, where that is shorter to say."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
