@@ -19,8 +19,8 @@ fi
 experiment=$1 out=$2
 shift 2
 case $PHASE in
-  # A seed that the experiment is given, not trained, takes `--only text` alone.
-  seed) bamoe run "$experiment" "$out" --only text --only untrained --only 'run-*/seed' ;;
+  # A seed that is given, not trained, has no steps of its own.
+  seed) bamoe run "$experiment" "$out" --only text --only 'run-*/untrained' --only 'run-*/seed' ;;
   branch)
     domains=("$@")
     bamoe run "$experiment" "$out" --only "branch/${domains[$SLURM_ARRAY_TASK_ID]}"

@@ -19,7 +19,7 @@ TEXTS = [f"def main(x{i}): return {i} + len('the quick brown fox')" for i in ran
 
 def blocks() -> list[tuple[str, str]]:
     """(language, text) of every fenced block that a reader would use on models of their own."""
-    own_models = README.split("## Your own models")[1]
+    own_models = README.split("## Your own models")[1].split("\n## ")[0]
     return re.findall(r"```(\w+)\n(.*?)```", own_models, flags=re.DOTALL)
 
 

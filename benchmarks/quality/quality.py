@@ -10,7 +10,7 @@ tuning:    peak learning rates for each kind of model, by mean log perplexity on
            *training* text, which nothing here trains on; a grid of factors of two, extended until the best is inside.
 main:      all variants with one random seed, the main ones with three (quality.yaml).
 maturity:  the same dense and mixed models from seeds that have read a quarter, and three times, as much.
-branches:  the same from branches that are half, and twice, as long.
+branches:  the same from branches that are twice as long.
 """
 
 import argparse
@@ -48,7 +48,7 @@ TUNED = {
     "bam-kv-sharing-top-2": "bam-kv-sharing",
     "bam-kv-experts": "bam-kv-experts",
 }
-STUDIED = ("dense-mixture", "dense-all", "btx-top-1", "bam-kv-sharing", "bam-kv-experts")
+STUDIED = ("dense-all", "btx-top-1", "bam-kv-experts")
 
 
 def documents(path: Path) -> list[str]:
@@ -188,14 +188,12 @@ class Quality:
             self.study(rates, f"seed-{millions:g}M", {"seed": seed}, f"a seed of {millions:g}M tokens")
 
     def branches(self, rates: dict[str, float]) -> None:
-        seed = {"model": str(self.out / "main" / "run-0" / "seed" / "model")}
-        for millions in (0.75, 3):
-            phases = {
-                "seed": seed,
-                "branches": {"tokens": round(millions * 1e6), "learning_rate": 2e-3},
-                "mixture": {**self.base["mixture"], "learning_rate": 2e-3},
-            }
-            self.study(rates, f"branches-{millions:g}M", phases, f"branches of {millions:g}M tokens")
+        phases = {
+            "seed": {"model": str(self.out / "main" / "run-0" / "seed" / "model")},
+            "branches": {"tokens": 3_000_000, "learning_rate": 2e-3},
+            "mixture": {**self.base["mixture"], "learning_rate": 2e-3},
+        }
+        self.study(rates, "branches-3M", phases, "branches of 3M tokens")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -11,10 +12,14 @@ from pathlib import Path
 
 from bamoe.errors import ConfigError
 
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+
 
 @contextmanager
 def locked(path: Path, what: str, *, shared: bool = False) -> Iterator[None]:
     """Hold the lock file `path`, made if need be, for the block; several may hold it at once if all are `shared`.
+
+    On a file system that has no locks, nothing is held.
 
     Raises:
         ConfigError: somebody else holds it; the message names `what` and the holder.
@@ -29,6 +34,9 @@ def locked(path: Path, what: str, *, shared: bool = False) -> Iterator[None]:
                 f"{what} is in use by another run{f' ({holder})' if holder else ''}; wait for it, stop it, or choose "
                 "another folder"
             ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield

@@ -9,7 +9,7 @@ import pytest
 import bamoe
 from bamoe.cli.main import main
 
-COMMANDS = ("upcycle", "inspect", "train", "evaluate", "generate", "demo")
+COMMANDS = ("upcycle", "inspect", "train", "evaluate", "generate", "run", "demo")
 
 
 def run(code: str, *arguments: str, **keys) -> subprocess.CompletedProcess:
@@ -53,6 +53,8 @@ raise SystemExit(code)
         (["upcycle", "--help"], 0),
         (["upcycle", "refused.yaml", "out"], 1),
         (["upcycle", "refused.yaml", "out", "--allow", "rope"], 1),
+        (["run", "refused.yaml", "out"], 1),
+        (["run", "refused.yaml", "out", "--dry-run"], 1),
     ],
 )
 def test_nothing_heavy_is_imported_for_help_or_a_refused_recipe(tmp_path, arguments, code):

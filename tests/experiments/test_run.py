@@ -10,12 +10,19 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 import yaml
 
-from bamoe.errors import ConfigError
+from bamoe.checkpoints.loading import load_model
+from bamoe.errors import ConfigError, DataError
 from bamoe.evaluation import evaluate
-from bamoe.experiments.run import run_experiment
+from bamoe.experiments.hashes import FileHashes
+from bamoe.experiments.results import collect
+from bamoe.experiments.rows import experiment_rows
+from bamoe.experiments.run import planned_steps, run_experiment
+from bamoe.experiments.schema import Experiment
 from bamoe.experiments.steps import StepError
+from bamoe.locks import locked
 from bamoe.recipes.schema import Recipe
 from bamoe.training import TrainConfig
 from tests.experiments.tiny import DOMAINS, experiment
@@ -141,7 +148,7 @@ def test_recipes_and_configs_lie_beside_the_models_and_same_batches_means_it(fin
         assert (Path(config.model) / "config.json").is_file()
         configs[path.parent.name] = config.model_dump(exclude={"model", "output"})
     same = {row.key for row in record.rows if row.same_batches} & set(configs)
-    assert same == {"dense-mixture", "btx-top-1", "bam-kv-sharing", "bam-kv-experts"}
+    assert same == {"btx-top-1", "bam-kv-experts"}  # those with all the random seeds
     assert all(configs[key] == configs["btx-top-1"] for key in same)
     assert Recipe.read(out / "run-0/mix/bam-kv-sharing/upcycle.yaml").attention.key_value == "shared"
     assert Recipe.read(out / "run-1/mix/sparse-all/upcycle.yaml").router.seed == 1
@@ -163,7 +170,7 @@ def test_device_time_gives_the_tokens_of_equal_time(finished):
     timing = json.loads((out / "run-0/time/bam-kv-experts-time/step.json").read_text())["result"]
     ratio = timing["other_seconds_per_step"] / timing["seconds_per_step"]
     assert timing["tokens"] == int(1024 * ratio)
-    assert record.row("bam-kv-experts-time").own_tokens == max(256, timing["tokens"] // 256 * 256)
+    assert record.row("bam-kv-experts-time").own_tokens == max(1, round(timing["tokens"] / 256)) * 256
 
 
 def test_a_finished_experiment_is_not_done_again_and_may_be_moved(content, finished, tmp_path):
@@ -340,12 +347,15 @@ def test_force_starts_again_and_leaves_other_files_alone(finished, content, tmp_
     (tmp_path / "copy" / "notes.txt").write_text("mine")
 
     def stop(event, step, seconds):
-        raise InterruptedError(event, step.name)
+        if event == "started":
+            raise RuntimeError(step.name)
 
-    with pytest.raises(InterruptedError) as stopped:
+    with pytest.raises(ConfigError, match="--only sead: no such step"):
+        run_experiment(content, tmp_path / "copy", workers=0, force=True, only=["sead"])
+    with pytest.raises(RuntimeError, match="text"):
         run_experiment(content, tmp_path / "copy", workers=0, force=True, listener=stop)
-    assert stopped.value.args == ("started", "text")
-    assert not (tmp_path / "copy" / "run-0" / "seed" / "model").exists()
+    assert (tmp_path / "copy" / "run-0" / "seed" / "model").exists()  # its turn had not come
+    assert not (tmp_path / "copy" / "text" / "step.json").exists()
     assert (tmp_path / "copy" / "notes.txt").read_text() == "mine"
 
 
@@ -353,14 +363,87 @@ def test_other_experiments_and_other_peoples_folders_are_refused(finished, conte
     out, _ = finished
     with pytest.raises(ConfigError, match="holds the experiment 'tiny', not 'other'"):
         run_experiment({**content, "name": "other"}, out, workers=0)
-    (tmp_path / "thesis.txt").write_text("precious")
+    # A folder as people lay it out: the experiment's file beside the text, which `text` would be the step of.
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "thesis.txt").write_text("precious")
     with pytest.raises(ConfigError, match="no experiment wrote"):
-        run_experiment(content, tmp_path, workers=0, force=True)
-    assert (tmp_path / "thesis.txt").read_text() == "precious"
+        run_experiment(tmp_path / "experiment.yaml", tmp_path, workers=0, force=True)
+    assert (tmp_path / "text" / "thesis.txt").read_text() == "precious"
+
+
+def test_two_runs_into_one_folder_refuse_each_other(content, tmp_path):
+    one = {**content, "seeds": [0], "variants": ["dense-mixture"], "samples": None}
+    out = tmp_path / "out"
+    run_experiment(one, out, workers=0, only=["text"])
+    before = (out / "experiment.yaml").read_text()
+    with locked(out / ".lock", "out"), pytest.raises(ConfigError, match=r"out is in use by another run \(process \d+"):
+        run_experiment({**one, "validations": 2}, out, workers=0, only=["untrained"])
+    with locked(out / ".lock", "out", shared=True):
+        with pytest.raises(ConfigError, match="in use"):
+            run_experiment({**one, "validations": 2}, out, workers=0)
+        assert (out / "experiment.yaml").read_text() == before
+        assert run_experiment(one, out, workers=0, only=["untrained"]) is None
+
+
+def test_a_run_that_was_killed_in_its_first_moments_may_go_on(content, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".bamoe-experiment.77.partial").write_text("ti")
+    assert run_experiment({**content, "samples": None}, out, workers=0, only=["text"]) is None
+
+
+def test_an_unfinished_training_goes_on_where_it_was_moved_to(content, finished, tmp_path):
+    _, record = finished
+    one = {
+        **content,
+        "seeds": [0],
+        "variants": ["dense-mixture"],
+        "samples": None,
+        "training": {"save_every_tokens": 256},
+    }
+    out = tmp_path / "here"
+    run_experiment(one, out, workers=0, only=["text", "untrained"])
+    program = f"""
+import json, os
+from transformers import TrainerCallback
+import bamoe.training.trainer as trainer
+
+class Die(TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 4:
+            os._exit(9)
+
+once = trainer.BlockTrainer.__init__
+def with_death(self, *arguments):
+    once(self, *arguments)
+    self.add_callback(Die())
+trainer.BlockTrainer.__init__ = with_death
+from bamoe.experiments.run import run_experiment
+run_experiment(json.load(open({str(tmp_path / "content.json")!r})), {str(out)!r}, workers=0, only=["run-0/seed"])
+"""
+    (tmp_path / "content.json").write_text(json.dumps(one))
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == 9, ended.stderr
+    assert [path.name for path in out.glob("run-0/seed/model/checkpoints/checkpoint-*")] == ["checkpoint-4"]
+    shutil.move(out, tmp_path / "there")
+    run_experiment(one, tmp_path / "there", workers=0, only=["run-0/seed"])
+    run_experiment(one, tmp_path / "there", workers=0, only=["evaluate/seed"])
+    result = json.loads((tmp_path / "there" / "run-0/evaluate/seed/step.json").read_text())["result"]
+    assert result["average_perplexity"] == record.row("seed").runs[0].average_perplexity
+
+
+def test_a_misspelt_path_is_found_before_anything_runs(content, tmp_path):
+    wrong = {
+        **content,
+        "domains": {**content["domains"], "law": {"train": "law.tran.jsonl", "valid": "law.valid.jsonl"}},
+    }
+    with pytest.raises(DataError, match=r"corpus 'law': law.tran.jsonl does not exist"):
+        run_experiment(wrong, tmp_path / "out", workers=0)
 
 
 def test_a_mistake_in_a_training_section_is_found_before_anything_runs(content, tmp_path):
-    wrong = {**content, "variants": [{"variant": "btx-top-1", "training": {"betas": [2.0, 0.5]}}]}
+    wrong = {**content, "samples": None, "variants": [{"variant": "btx-top-1", "training": {"betas": [2.0, 0.5]}}]}
     with pytest.raises(ConfigError, match=r"the training of btx-top-1: betas must be at least 0"):
         run_experiment(wrong, tmp_path / "out", workers=0)
     assert not (tmp_path / "out" / "text").exists()
@@ -370,3 +453,110 @@ def test_a_failed_step_is_named(content, tmp_path):
     small = {**content, "domains": {}, "builtin_characters": 10}
     with pytest.raises(StepError, match="step 'text': this Python installation carries only"):
         run_experiment(small, tmp_path / "small", workers=0)
+
+
+def collected(content, out, changed, **changes):
+    """The finished experiment's results, after `changed` has had its records by step."""
+    read = Experiment.read({**content, **changes})
+    records = {found["step"]: found for found in map(json.loads, map(Path.read_text, out.glob("**/step.json")))}
+    changed(records)
+    return collect(read, experiment_rows(read), records, out, command="", config="")
+
+
+def test_a_row_whose_seeds_got_different_tokens_is_shown_with_their_mean(content, finished):
+    out, record = finished
+
+    def changed(records):
+        records["run-1/train/btx-top-1"]["result"]["tokens"] = 512
+
+    again, before = (found.row("btx-top-1") for found in (collected(content, out, changed), record))
+    assert (again.own_tokens, before.own_tokens) == (768, 1024)
+    assert again.own_flops == pytest.approx(before.own_flops * 3 / 4)
+
+
+def test_the_commands_say_how_text_was_read_and_trainings_were_launched(content, finished):
+    out, _ = finished
+
+    def body(records):
+        for corpus in records["run-0/evaluate/seed"]["arguments"]["corpora"]:
+            corpus |= {"text_field": "body", "on_bad_lines": "skip"}
+        records["run-1/evaluate/seed"]["arguments"]["corpora"][0]["text_field"] = "body"
+
+    launched = collected(content, out, body, launch="torchrun --nproc-per-node 2").row("seed")
+    commands = [run.command for run in launched.runs]
+    assert all(command.startswith("torchrun --nproc-per-node 2 -m bamoe train ") for command in commands)
+    assert commands[0].endswith(" --text-field body --skip-bad-lines")
+    assert commands[1].endswith(f" && bamoe run {out}/experiment.yaml {out} --only run-1/evaluate/seed --force")
+
+
+def test_notes_tell_of_frozen_weights_and_of_other_machines(content, finished):
+    out, record = finished
+
+    def elsewhere(records):
+        records["run-1/seed"]["environment"]["device"] = "NVIDIA H200"
+
+    def busier(records):
+        records["run-1/seed"]["environment"]["threads"] = 7
+
+    stages = [{"trainable": "routers", "until_tokens": 256}, {"trainable": "all"}]
+    variants = [
+        {"variant": "btx-top-1", "training": {"stages": stages}},
+        {"variant": "bam-kv-experts", "training": {"trainable": ["all"]}, "learning_rate": 1e-3},
+    ]
+    again = collected(content, out, elsewhere, variants=variants)
+    (frozen,) = [note for note in again.notes if "weights are frozen" in note]
+    assert frozen.endswith("where weights are frozen: BTX top-1.")
+    assert any("different devices or library versions" in note for note in again.notes)
+    assert not any("library versions" in note for note in (*collected(content, out, busier).notes, *record.notes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [({"learning_rate": 1e-3, "training": {"trainable": "routers"}}, True), ({"seeds": [0]}, False),
+     ({"training": {"document_mask": True}}, False)],
+)  # fmt: skip
+def test_the_same_batches_do_not_depend_on_what_is_done_with_them(content, finished, changes, same):
+    variants = ["btx-top-1", {"variant": "bam-kv-experts", **changes}]
+    again = collected(content, finished[0], lambda records: None, variants=variants)
+    assert [row.same_batches for row in again.rows[4:]] == [True, same]
+
+
+def test_a_pair_without_a_common_seed_has_no_difference(content, finished):
+    variants = [{"variant": "btx-top-1", "seeds": [1]}, {"variant": "dense-mixture", "seeds": [0]}, "bam-kv-experts"]
+    found = collected(content, finished[0], lambda records: None, variants=variants).differences
+    assert [(difference.row, difference.against) for difference in found] == [("bam-kv-experts", "btx-top-1")]
+
+
+def test_device_time_is_of_the_trainings_as_they_are(content, finished, monkeypatch, tmp_path):
+    out, _ = finished
+    half = {"dtype": "bfloat16", "gradient_checkpointing": True, "micro_batch_tokens": 64, "trainable": "routers"}
+    variants = [
+        {"variant": "dense-mixture", "training": {"autocast": "bfloat16"}},
+        {"variant": "bam-kv-experts", "budget": "device time", "budget_of": "dense-mixture", "training": half},
+    ]
+    read = Experiment.read({**content, "seeds": [0], "variants": variants, "samples": None})
+    steps = planned_steps(read, experiment_rows(read), out, FileHashes(tmp_path / "hashes"))
+    (timed,) = [step for step in steps if step.name == "run-0/time/bam-kv-experts-time"]
+    seen = []
+
+    def load(*arguments):
+        model = load_model(*arguments)
+
+        def look(model, _, keywords, output):
+            trains = sum(weight.requires_grad for weight in model.parameters())
+            kinds = (model.dtype, output.logits.dtype, model.is_gradient_checkpointing)
+            seen.append((*kinds, keywords["input_ids"].numel(), trains < 10))
+
+        model.register_forward_hook(look, with_kwargs=True)
+        return model
+
+    monkeypatch.setattr("bamoe.checkpoints.loading.load_model", load)
+    # A build for GPUs on a machine without any.
+    monkeypatch.setattr(
+        "torch.accelerator.current_accelerator", lambda check_available=False: None if check_available else "cuda"
+    )
+    result = timed.function(**{**timed.arguments, "steps": 1})
+    assert result["tokens"] > 0
+    own = (torch.bfloat16, torch.bfloat16, True, 64, True)
+    other = (torch.float32, torch.bfloat16, False, 256, False)
+    assert seen == ([own] * 4 + [other]) * 4

@@ -58,6 +58,10 @@ def test_reading_what_was_resolved_gives_the_same(content):
         ("variants", [{"variant": "dense-all", "seeds": [7]}], r"seeds \[7\] are not among \[0\]"),
         ("variants", [{"variant": "dense-all", "key": "a/b"}], "names become folders"),
         ("variants", [{"variant": "dense-all", "training": {"tokens": 7}}], "tokens is set by the experiment"),
+        ("variants", [{"variant": "sparse-all", "recipe": {"num_experts": 8}}], "num_experts cannot be set here"),
+        ("variants", [{"variant": "btx-soft", "parameters_of": "dense-all"}], "btx-soft uses all its experts"),
+        ("launch", "torchrun 'a", "launch: .*torchrun 'a.* is no command: No closing quotation"),
+        ("domains", {"text": {"train": "t", "valid": "v"}, "seed": {"train": "t", "valid": "v"}}, "seed is the row of"),
         ("training", {"micro_batch_token": 7}, "did you mean 'micro_batch_tokens'"),
         ("builtin_characters", 1000, "either domains or builtin_characters"),
         ("domains", {}, "either domains or builtin_characters"),
@@ -77,6 +81,23 @@ def test_reading_what_was_resolved_gives_the_same(content):
 def test_what_cannot_be_honoured_is_refused_by_name(content, path, value, message):
     with pytest.raises(ConfigError, match=message):
         Experiment.read(changed(content, path, value))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": {"row": "btx-top-1", "prompts": {"code": "def"}}}, "btx-top-1 lacks the first random seed, 0"),
+        ({"tables": [{"title": "t", "rows": ["dense-all"], "against": "btx-top-1"}]}, "dense-all and btx-top-1 have"),
+        ({"variants": [{"variant": "bam-kv-experts", "budget": "device time"}]},
+         r"bam-kv-experts-time: btx-top-1, whose device time it gets, lacks its seeds \[0\]"),
+    ],
+)  # fmt: skip
+def test_rows_that_need_each_other_need_the_same_seeds(content, changes, message):
+    variants = [{"variant": "btx-top-1", "seeds": [1]}, {"variant": "dense-all", "seeds": [0]}]
+    content = {**content, "seeds": [0, 1], "variants": variants}
+    assert Experiment.read(content)
+    with pytest.raises(ConfigError, match=message):
+        Experiment.read({**content, **changes, "variants": variants + changes.get("variants", [])})
 
 
 def test_the_peak_of_a_given_seed_is_not_known(content):

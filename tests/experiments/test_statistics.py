@@ -49,6 +49,6 @@ def test_over_text_covers_the_truth_about_as_often_as_it_says():
 
 
 def test_one_block_gives_no_certainty():
-    found = interval_over_text({"a": [1.0]}, {"a": [2.0]}, {"a": [4]})
-    assert found.low == -np.inf
-    assert found.high == np.inf
+    assert interval_over_text({"a": [1.0]}, {"a": [2.0]}, {"a": [4]}) is None
+    many = [1.0, 2.0, 4.0]
+    assert interval_over_text({"a": many, "b": [1.0]}, {"a": many, "b": [2.0]}, {"a": [4] * 3, "b": [4]}) is None

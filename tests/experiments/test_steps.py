@@ -1,6 +1,9 @@
 """Steps: their order, what makes them run again, which are chosen, and what happens when one fails."""
 
+import errno
 import json
+import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -31,13 +34,14 @@ def wait_for_ever():
 
 @pytest.fixture
 def run(tmp_path):
-    def run(steps, workers=0, only=None):
+    def run(steps, workers=0, only=None, force=False):
         events = []
         records = run_steps(
             steps,
             tmp_path / "out",
             workers=workers,
             only=only,
+            force=force,
             listener=lambda event, step, _: events.append((event, step.name)),
         )
         results = {name: record["result"] for name, record in records.items()}
@@ -106,22 +110,60 @@ def test_only_the_steps_that_a_pattern_names_run(run, tmp_path):
         run(chain(tmp_path), only=["three"])
 
 
-def test_two_runs_into_one_folder_refuse_each_other(run, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    with locked(out / ".lock", "out"), pytest.raises(ConfigError, match=r"out is in use by another run \(process \d+"):
-        run(chain(tmp_path))
-    with locked(out / ".lock", "out", shared=True):
-        with pytest.raises(ConfigError, match="in use"):
-            run(chain(tmp_path))
-        assert run(chain(tmp_path), only=["two"])[1] == ["two/c"]  # beside another run of chosen steps
-        (out / "one" / "a").mkdir(parents=True)
-        with (
-            locked(out / "one" / "a" / ".lock", "that"),
-            pytest.raises(ConfigError, match="a is in use by another run"),
-        ):
+def test_a_step_that_another_run_does_is_refused(run, tmp_path):
+    folder = tmp_path / "out" / "one" / "a"
+    folder.mkdir(parents=True)
+    with locked(folder / ".lock", "that"):
+        with pytest.raises(ConfigError, match=r"one/a is in use by another run \(process \d+"):
             run(chain(tmp_path), only=["one/a"])
+        assert run(chain(tmp_path), only=["two"])[1] == ["two/c"]
     assert run(chain(tmp_path))[1] == ["one/a", "one/b"]
+
+
+def test_force_does_the_chosen_steps_again(run, tmp_path):
+    run(chain(tmp_path))
+    assert run(chain(tmp_path), only=["two"], force=True)[1] == ["two/c"]
+    assert run(chain(tmp_path), force=True)[1] == ["one/a", "one/b", "two/c"]
+
+
+def test_files_that_no_step_wrote_are_left_alone(run, tmp_path):
+    folder = tmp_path / "out" / "two" / "c"
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="two/c holds files that no step wrote"):
+        run(chain(tmp_path), only=["two"], force=True)
+    assert (folder / "thesis.txt").read_text() == "precious"
+
+
+def test_what_says_how_a_result_is_reached_is_no_part_of_it(run, tmp_path):
+    path = str(tmp_path / "file")
+    first = Step("step", write, {"path": path}, means={"text": "abc"})
+    assert run([first]) == ({"step": 3}, ["step"])
+    assert run([Step("step", write, {"path": path}, means={"text": "defg"})]) == ({"step": 3}, [])
+
+
+def test_a_folder_that_begins_like_another_is_not_taken_for_it(run, tmp_path):
+    beside = {"path": str(tmp_path / "out-beside" / "file"), "text": "abc"}
+    (tmp_path / "out-beside").mkdir()
+    (tmp_path / "moved-beside").mkdir()
+    run([Step("step", write, beside)])
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    events = []
+    run_steps(
+        [Step("step", write, beside)], tmp_path / "moved", workers=0, listener=lambda *event: events.append(event[0])
+    )
+    assert events == ["kept"]
+
+
+def test_a_full_disk_is_one_message(run, tmp_path, monkeypatch):
+    def full(*arguments, **keys):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(StepError, match="cannot write a file: No space left on device"):
+        run(chain(tmp_path))
+    monkeypatch.undo()
+    assert run(chain(tmp_path))[1] == ["one/a", "one/b", "two/c"]
 
 
 def test_a_failed_step_is_named_and_what_was_finished_before_it_is_kept(run, tmp_path):

@@ -140,6 +140,32 @@ def test_means_are_over_the_seeds_and_their_number_is_shown_where_rows_differ():
     assert (cells["BTX top-1"], cells["BTX top-2"]) == ("1", "3")
 
 
+def test_a_row_with_fewer_seeds_than_others_does_not_compete_with_them():
+    record = records.experiment()
+    best = "dense, all tokens"
+    explained = "own random seeds, changes over the seeds that both rows have"
+    assert explained not in report(record).markdown()
+    rows = [replace(row, runs=row.runs[:1]) if row.name == best else row for row in record.rows]
+    record = replace(record, rows=rows)
+    table = results_table(record, record.tables[0])
+    bold = {row["name"]: any(cell.best for cell in table.cells(row)) for row in table.records}
+    assert best in bold
+    assert {name for name, is_best in bold.items() if is_best} == {"BAM, KV experts"}
+    text = report(record).markdown()
+    assert text.count(explained) == 1  # the other table has no such row
+    bits = text.partition("### Bits per byte")[2].partition("\n## ")[0]
+    (line,) = [line for line in bits.splitlines() if line.startswith(f"| {best}")]
+    assert "**" not in line
+
+
+def test_one_block_of_text_has_no_interval():
+    record = few_rows("btx-top-1", "bam-kv-experts")
+    alone = replace(record, differences=[replace(found, over_text=None) for found in record.differences])
+    text = assert_same_text(alone).text
+    assert "one block of text: no interval" in text
+    assert "bootstrap" not in text
+
+
 def test_only_matched_parameters_are_called_matched():
     keys = ("btx-top-1", "bam-kv-experts")
     matches = [ParameterMatch(*keys, 0.0049, -0.005), ParameterMatch(*keys[::-1], 0.012, 0.0051)]

@@ -58,6 +58,15 @@ def test_with_one_seed_the_interval_is_said_to_be_over_text_only(record):
     )
 
 
+def test_without_an_interval_there_is_no_direction(record):
+    lone = replace(difference(-0.03), over_text=None)
+    assert verdict(record, lone) == (
+        f"not distinguishable from BTX top-1 (average perplexity {MINUS}3.0%, "
+        "one random seed and one block of text: no interval)"
+    )
+    assert verdict(record, replace(difference(-0.03, (-0.03, -0.05, -0.01)), over_text=None)).startswith("3.0% lower")
+
+
 @pytest.mark.parametrize("relative", [0.004, 0.0])
 def test_means_of_perplexity_and_of_its_logarithm_that_disagree_are_both_told(record, relative):
     text = verdict(record, difference(relative))

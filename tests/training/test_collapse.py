@@ -20,7 +20,13 @@ def test_a_run_warns_once_and_logs_always(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     load_tokenizer(tmp_path / "made").save_pretrained(tmp_path / "model")
     # 320 tokens between two lines, for three experts; with a frozen router it stays so.
-    settings = {"tokens": 1280, "log_every_steps": 5, "trainable": ["experts", "shared"], "learning_rate": 1e-6}
+    settings = {
+        "tokens": 1280,
+        "log_every_steps": 5,
+        "save_every_tokens": 1280,
+        "trainable": ["experts", "shared"],
+        "learning_rate": 1e-6,
+    }
     with pytest.warns(CollapseWarning) as caught:
         log = log_of(train(run_config(tmp_path, tmp_path / "model", **settings)).log)
     (warning,) = [str(each.message) for each in caught if each.category is CollapseWarning]
@@ -40,10 +46,10 @@ def test_a_run_warns_once_and_logs_always(tmp_path: Path) -> None:
 
 def test_a_healthy_run_and_a_soft_router_say_nothing(tmp_path: Path) -> None:
     model = mixture(tmp_path / "model", feed_forward_routing="soft", num_experts_per_tok=None)
-    log = log_of(train(run_config(tmp_path, model, tokens=1280, log_every_steps=10)).log)
+    log = log_of(train(run_config(tmp_path, model, tokens=1280, log_every_steps=10, save_every_tokens=1280)).log)
     assert not any("collapsed_routers" in entry or "warnings" in entry for entry in log)
     chosen = mixture(tmp_path / "top-2", num_experts_per_tok=2)
-    settings = {"tokens": 1280, "log_every_steps": 10, "output": str(tmp_path / "second")}
+    settings = {"tokens": 1280, "log_every_steps": 10, "save_every_tokens": 1280, "output": str(tmp_path / "second")}
     log = log_of(train(run_config(tmp_path, chosen, **settings)).log)
     assert [entry.get("collapsed_routers") for entry in log] == [None, 0, 0]
 

@@ -83,9 +83,8 @@ def test_the_log_has_the_schedule_and_the_tokens(tmp_path: Path) -> None:
 
 def test_router_statistics_are_in_the_log(tmp_path: Path) -> None:
     model = mixture(tmp_path / "model")
-    config = run_config(
-        tmp_path, model, micro_batch_tokens=16, router_aux_loss_coef=0.5, router_z_loss_coef=0.25, log_every_steps=4
-    )
+    settings = {"micro_batch_tokens": 16, "log_every_steps": 4, "save_every_tokens": 640}
+    config = run_config(tmp_path, model, router_aux_loss_coef=0.5, router_z_loss_coef=0.25, **settings)
     result = train(config)
     log = log_of(result.log)
     assert [entry["step"] for entry in log] == [1, 4, 8, 10]

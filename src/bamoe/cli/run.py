@@ -11,11 +11,6 @@ import typer
 from bamoe.cli.progress import StepProgress
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from bamoe.experiments.rows import Row
-    from bamoe.experiments.schema import Experiment
-    from bamoe.experiments.steps import Step
     from bamoe.reports.record import ExperimentRecord
 
 
@@ -40,7 +35,7 @@ def run(
         int | None, typer.Option(min=1, help="Steps side by side [default: one per GPU, or per core].")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Delete what an earlier run left in OUT and start again.")
+        bool, typer.Option("--force", help="Do the steps again, all or those of --only, deleting what they had left.")
     ] = False,
 ) -> None:
     """Branch, mix, train, evaluate and report, whatever of it is not done yet.
@@ -86,20 +81,14 @@ def run_with_progress(run_experiment: Any, experiment: Any, out: Path, **options
 
 
 def _show_plan(path: Path, out: Path) -> None:
-    from bamoe.experiments.rows import experiment_rows
-    from bamoe.experiments.run import planned_steps
-    from bamoe.experiments.schema import Experiment
-
-    experiment = Experiment.read(path)
-    rows = experiment_rows(experiment)
-    _print_plan(experiment, rows, planned_steps(experiment, rows, out))
-
-
-def _print_plan(experiment: Experiment, rows: Sequence[Row], steps: Sequence[Step]) -> None:
     from rich.console import Console
 
+    from bamoe.experiments.run import plan
+    from bamoe.experiments.schema import Experiment
     from bamoe.reports.table import Column, Table
 
+    experiment = Experiment.read(path)
+    rows, states = plan(experiment, out)
     columns = [
         Column("key", "row", "text"),
         Column("budget", "budget", "text"),
@@ -121,4 +110,6 @@ def _print_plan(experiment: Experiment, rows: Sequence[Row], steps: Sequence[Ste
     ]
     console = Console(highlight=False)
     console.print(Table(columns, records).rich(f"{experiment.name}: what each row gets, per random seed"))
-    console.print(f"\n{len(steps)} steps: {', '.join(step.name for step in steps)}", markup=False)
+    for state, meaning in (("done", ""), ("to do", ""), ("changed", ", which would be deleted and done again")):
+        if names := [name for name, found in states.items() if found == state]:
+            console.print(f"\n{len(names)} steps {state}{meaning}: {', '.join(names)}", markup=False)

@@ -53,7 +53,7 @@ def read_documents(corpus: Corpus) -> Dataset:
     Raises:
         DataError: missing, empty, of an unknown kind, unreadable, with a bad line, or without the text field.
     """
-    files = _local_files(corpus)
+    files = local_files(corpus)
     builder = _builder_of(files[0]) if files else None
     if corpus.on_bad_lines == "skip":
         return _read_good_lines(corpus, files, builder)
@@ -144,7 +144,7 @@ def _read_good_lines(corpus: Corpus, files: list[Path], builder: str | None) -> 
     return rows.select_columns(["text"]).select(np.flatnonzero(~bad))
 
 
-def _local_files(corpus: Corpus) -> list[Path]:
+def local_files(corpus: Corpus) -> list[Path]:
     """The files of a corpus, all of one kind; none for a hub data set."""
     path = Path(corpus.path).expanduser()
     if path.is_dir():

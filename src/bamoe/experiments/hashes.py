@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from bamoe.errors import ConfigError
@@ -19,18 +21,18 @@ class FileHashes:
         except (OSError, ValueError):
             self._known = {}
 
-    def of(self, source: str) -> dict[str, str]:
-        """Hash by file name: of a file, or of the files directly in a folder; of a hub name, nothing is known here.
+    def of(self, files: Iterable[Path]) -> dict[str, str]:
+        """Hash by file name.
 
         Raises:
             ConfigError: a file that cannot be read.
         """
-        path = Path(source).expanduser()
-        if path.is_file():
-            return {path.name: self._hash(path)}
-        if path.is_dir():
-            return {file.name: self._hash(file) for file in sorted(path.iterdir()) if file.is_file()}
-        return {source: "not a local file"}
+        return {file.name: self._hash(file) for file in files}
+
+    def of_checkpoint(self, source: str) -> dict[str, str]:
+        """Hashes of a local checkpoint with its optimizer state; of a hub name, nothing is known here."""
+        folder = Path(source).expanduser()
+        return self.of(file for file in sorted([*folder.glob("*"), *folder.glob("optimizer/*")]) if file.is_file())
 
     def _hash(self, path: Path) -> str:
         try:
@@ -39,7 +41,9 @@ class FileHashes:
             if key not in self._known:
                 with path.open("rb") as file:
                     self._known[key] = hashlib.file_digest(file, "sha256").hexdigest()
-                partial = self.memory.with_suffix(".partial")
+                if not self.memory.parent.is_dir():
+                    return self._known[key]  # a plan that is only shown
+                partial = self.memory.with_suffix(f".{os.getpid()}.partial")  # several runs may share the memory
                 partial.write_text(json.dumps(self._known, indent=1), encoding="utf-8")
                 partial.replace(self.memory)
         except OSError as error:

@@ -6,11 +6,14 @@ config of `bamoe train`.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shlex
+import signal
 import subprocess
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from bamoe.training import TrainConfig
 
 RECIPE_FILE, TRAINING_FILE, BLOCKS_FILE = "upcycle.yaml", "train.yaml", "blocks.json"
+_PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 _WARMUP_STEPS = 3  # of a timed model: allocations and lazy initialisation
 
 
@@ -32,8 +36,12 @@ def write_builtin_text(directory: str, seed: int, max_characters: int) -> dict[s
     return describe(write_builtin_corpora(directory, seed, max_characters))
 
 
-def describe_text(files: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of the user's corpora, which stay where they are."""
+def read_text(files: Mapping[str, Any], corpora: list[dict[str, Any]]) -> dict[str, Any]:
+    """Read the user's corpora, which stay where they are, so that a bad line is found before anything is trained."""
+    from bamoe.data.corpora import Corpus, read_documents
+
+    for corpus in corpora:
+        read_documents(Corpus(**corpus))
     return dict(files)
 
 
@@ -62,31 +70,39 @@ def mix(folder: str, recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def train_row(
-    folder: str, config: dict[str, Any], launch: str | None = None, timed: str | None = None
+    folder: str,
+    config: dict[str, Any],
+    settings: Mapping[str, Any] | None = None,
+    launch: str | None = None,
+    timed: str | None = None,
 ) -> dict[str, Any]:
     """`bamoe train`, going on with an interrupted run; returns what was read and the curves of its log.
 
-    launch: a command put before it, such as "torchrun --nproc-per-node 8". timed: the record of `time_step`, which
-    says how many tokens the device time of another row allows.
+    settings: further keys of the config, which do not change what is learnt. launch: a command put before it, such as
+    "torchrun --nproc-per-node 8". timed: the record of `time_step`, which says how many tokens the device time of
+    another row allows.
     """
     from bamoe.training import TrainConfig
+    from bamoe.training.run_folder import RunFolder
 
+    config = {**config, **(settings or {})}
     if timed is not None:
         config = _sized(config, json.loads(Path(timed).read_text(encoding="utf-8"))["result"]["tokens"])
     file = _write_yaml(Path(folder) / TRAINING_FILE, config)
     parsed = TrainConfig.read(file)
     output = Path(parsed.output)
+    run = RunFolder(output)
     start, seconds = time.perf_counter(), None
-    if not _is_finished(output, parsed):
-        force = (output / "config.json").exists()
+    # Finished, but for this step's record, if the same call was killed just then.
+    if not run.is_finished(parsed.model_dump(mode="json")):
+        # The folder is this step's alone: what cannot go on in it is of an older version.
+        force = run.is_finished() or not run.move(parsed.model_dump(mode="json"))
         if launch is None:
             from bamoe.training import train
 
             seconds = train(parsed, force=force).seconds
         else:
-            command = [*shlex.split(launch), "-m", "bamoe", "train", str(file), *(["--force"] if force else [])]
-            if code := subprocess.run(command, check=False).returncode:
-                raise BamoeError(f"{shlex.join(command)} ended with exit code {code}")
+            _launch([*shlex.split(launch), "-m", "bamoe", "train", str(file), *(["--force"] if force else [])])
     log = [json.loads(line) for line in (output / "training_log.jsonl").read_text(encoding="utf-8").splitlines()]
     validations = [entry for entry in log if "eval_average_perplexity" in entry]
     return {
@@ -94,46 +110,26 @@ def train_row(
         "seconds": time.perf_counter() - start if seconds is None else seconds,
         "validation": [(entry["tokens"], entry["eval_average_perplexity"]) for entry in validations],
         "loss": [(entry["tokens"], entry.get("cross_entropy", entry["loss"])) for entry in log if "loss" in entry],
+        "collapses": sum("warnings" in entry for entry in log),
     }
 
 
-def time_step(
-    model: str,
-    other: str,
-    other_tokens: int,
-    batch_tokens: int,
-    micro_batch_tokens: int,
-    sequence_length: int,
-    steps: int,
-) -> dict[str, Any]:
-    """How long a training step of two models takes, turn by turn in one process, and the tokens of equal time.
+def time_step(config: Mapping[str, Any], other: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """How long a step of two trainings takes, turn by turn in one process, and the tokens of equal time.
 
-    Seconds are medians over `steps` steps of random tokens. The ratio is what counts: the machine may be shared.
+    Each runs as its config says (dtype, autocast, checkpointing, micro-batches, what never trains), on random tokens.
+    Seconds are medians over `steps` steps. The ratio is what counts: the machine may be shared.
     """
     import statistics
 
-    import torch
+    from bamoe.training import TrainConfig
 
-    from bamoe.checkpoints.loading import load_model
-
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    networks: list[Any] = [load_model(path).to(device).train() for path in (model, other)]
-    optimizers = [torch.optim.AdamW(network.parameters(), lr=0.0) for network in networks]
-    generator = torch.Generator().manual_seed(0)
-    shape = (micro_batch_tokens // sequence_length, sequence_length)
-    seconds: list[list[float]] = [[], []]
-    for step in range(_WARMUP_STEPS + steps):
-        ids = torch.randint(networks[0].config.vocab_size, shape, generator=generator).to(device)
-        for network, optimizer, taken in zip(networks, optimizers, seconds, strict=True):
-            start = _now(device)
-            for _ in range(batch_tokens // micro_batch_tokens):
-                network(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if step >= _WARMUP_STEPS:
-                taken.append(_now(device) - start)
-    own, others = (statistics.median(taken) for taken in seconds)
-    return {"seconds_per_step": own, "other_seconds_per_step": others, "tokens": int(other_tokens * others / own)}
+    configs = [TrainConfig.read(dict(each)) for each in (config, other)]
+    takes = [_timed_step(each) for each in configs]
+    seconds = [[take() for take in takes] for _ in range(_WARMUP_STEPS + steps)][_WARMUP_STEPS:]
+    own, others = (statistics.median(taken) for taken in zip(*seconds, strict=True))
+    tokens = configs[1].steps * configs[1].batch_tokens
+    return {"seconds_per_step": own, "other_seconds_per_step": others, "tokens": int(tokens * others / own)}
 
 
 def evaluate_row(
@@ -181,8 +177,8 @@ def training_schedule(schedule: Mapping[str, Any], tokens: int) -> dict[str, Any
 
 
 def _sized(config: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """A training config for another number of tokens: its warm-up and validations keep their share of the run."""
-    tokens = max(tokens, config["batch_tokens"])
+    """A training config for the whole steps nearest to `tokens`: its warm-up and validations keep their share."""
+    tokens = max(1, round(tokens / config["batch_tokens"])) * int(config["batch_tokens"])
     scale = tokens / config["tokens"]
     schedule = config["schedule"] | {"warmup_tokens": int(config["schedule"]["warmup_tokens"] * scale)}
     often: dict[str, Any] = {
@@ -193,13 +189,53 @@ def _sized(config: dict[str, Any], tokens: int) -> dict[str, Any]:
     return {**config, **often, "tokens": tokens, "schedule": schedule}
 
 
-def _is_finished(output: Path, config: TrainConfig) -> bool:
-    """Whether a run of just this config is complete there: it was, if this step was killed before its record."""
+def _launch(command: list[str]) -> None:
+    """Run a command that ends when this process does, however that ends."""
     try:
-        recorded = json.loads((output / "training_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(recorded == config.model_dump(mode="json"))
+        code = subprocess.run(command, check=False, preexec_fn=_end_with_parent).returncode
+    except OSError as error:
+        raise BamoeError(f"launch: cannot run {command[0]}: {error.strerror}") from error
+    if code:
+        raise BamoeError(f"{shlex.join(command)} ended with exit code {code}")
+
+
+def _end_with_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a worker ignores it
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _timed_step(config: TrainConfig) -> Callable[[], float]:
+    """A call that takes one step of a training, on random tokens with a learning rate of 0, and returns its seconds."""
+    import torch
+
+    from bamoe.checkpoints.loading import load_model
+    from bamoe.training.trainable import TrainableParts
+
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    model: Any = load_model(config.model, config.dtype)
+    TrainableParts(config, model)
+    if config.gradient_checkpointing:
+        # Renamed in transformers 5.2x; the old name warns there.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model.to(device).train()
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=0.0)
+    generator = torch.Generator().manual_seed(0)
+    blocks = config.batch_tokens // config.sequence_length
+    together = (config.micro_batch_tokens or config.batch_tokens) // config.sequence_length
+
+    def take() -> float:
+        ids = torch.randint(model.config.vocab_size, (blocks, config.sequence_length), generator=generator).to(device)
+        start = _now(device)
+        for part in ids.split(together):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast is not None):
+                loss = model(input_ids=part, labels=part, use_cache=False).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return _now(device) - start
+
+    return take
 
 
 def _now(device: Any) -> float:

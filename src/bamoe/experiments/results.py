@@ -14,7 +14,7 @@ import numpy as np
 
 from bamoe.experiments.phases import BLOCKS_FILE, RECIPE_FILE, TRAINING_FILE
 from bamoe.experiments.rows import SEED, Row
-from bamoe.experiments.schema import Experiment
+from bamoe.experiments.schema import Experiment, merged
 from bamoe.experiments.statistics import interval_over_seeds, interval_over_text
 from bamoe.reports.record import (
     DifferenceRecord,
@@ -81,12 +81,13 @@ class _Found:
         """A row with all its runs."""
         seeds = self.seeds(row)
         history = [self.rows[key] for key in row.inherited] + [row]
-        tokens = {part.key: int(self.result("train", part, seeds[0]).get("tokens", 0)) for part in history}
+        # By device time, each random seed has tokens of its own.
+        tokens = {
+            part.key: round(fmean(self.result("train", part, seed).get("tokens", 0) for seed in seeds))
+            for part in history
+        }
         flops = {part.key: part.flops_per_token * tokens[part.key] for part in history}
-        mixture = self.experiment.mixture
-        shared = row.entry is not None and row.phase == 2 and row.budget == "data" and not row.entry.training
-        same_rate = row.entry is None or row.entry.learning_rate in (None, mixture.learning_rate)
-        dtype = str((row.training or {}).get("dtype", self.experiment.training.get("dtype", "float32")))
+        dtype = str(self._training(row).get("dtype", "float32"))
         return RowRecord(
             key=row.key,
             name=row.name,
@@ -100,8 +101,15 @@ class _Found:
             kv_cache_bytes_per_token=row.costs.kv_cache_values_per_token * _BYTES_PER_VALUE[dtype],
             runs=[self.run(row, seed) for seed in seeds],
             aside=row.entry is None,
-            same_batches=shared and same_rate,
+            same_batches=row.phase == 2
+            and row.budget == "data"
+            and seeds == self.experiment.seeds
+            and (row.entry is None or "document_mask" not in row.entry.training),
         )
+
+    def _training(self, row: Row) -> dict[str, Any]:
+        """The settings of a row's training, beside those that the experiment decides."""
+        return merged(self.experiment.training, row.training or {})
 
     def run(self, row: Row, seed: int) -> RunRecord:
         """One row with one random seed."""
@@ -131,31 +139,44 @@ class _Found:
             parts.append(["bamoe", "upcycle", f"{folder}/{RECIPE_FILE}", f"{folder}/model", "--force"])
         if (step := self.step("train", row, seed)) in self.records:
             folder = self._shown(step)
-            parts.append(["bamoe", "train", f"{folder}/{TRAINING_FILE}", "--force"])
+            launch = [*shlex.split(self.experiment.launch), "-m"] if self.experiment.launch else []
+            parts.append([*launch, "bamoe", "train", f"{folder}/{TRAINING_FILE}", "--force"])
             model = f"{folder}/model"
-        evaluated = self.records[self.step("evaluate", row, seed)]["arguments"]
-        data = [f"{corpus['name']}={_relative(corpus['path'])}" for corpus in evaluated["corpora"]]
-        length = str(self.experiment.sequence_length)
-        flags = [flag for item in data for flag in ("--data", item)]
-        parts.append(["bamoe", "evaluate", model, "--sequence-length", length, *flags])
+        evaluation = self.step("evaluate", row, seed)
+        corpora = self.records[evaluation]["arguments"]["corpora"]
+        flags = [flag for corpus in corpora for flag in ("--data", f"{corpus['name']}={relative(corpus['path'])}")]
+        fields = {corpus.get("text_field", "text") for corpus in corpora}
+        skips = {corpus.get("on_bad_lines", "refuse") for corpus in corpora}
+        if len(fields) > 1 or len(skips) > 1:  # `bamoe evaluate` reads all its texts in one way
+            again = ["--only", evaluation, "--force"]
+            parts.append(["bamoe", "run", relative(self.out / "experiment.yaml"), relative(self.out), *again])
+        else:
+            flags += [] if fields == {"text"} else ["--text-field", *fields]
+            flags += [] if skips == {"refuse"} else ["--skip-bad-lines"]
+            length = str(self.experiment.sequence_length)
+            parts.append(["bamoe", "evaluate", model, "--sequence-length", length, *flags])
         return " && ".join(shlex.join(part) for part in parts)
 
     def _shown(self, step: str) -> str:
-        return _relative(self.out / step)
+        return relative(self.out / step)
 
     def differences(self, tables: list[TableRecord]) -> list[DifferenceRecord]:
-        """Every row of a table against the table's own, each pair once."""
+        """Every row of a table against the table's own, each pair once, where they have a random seed in common."""
         pairs = dict.fromkeys(
             (key, table.against)
             for table in tables
             for key in table.rows
             if table.against not in (None, key) and self.rows[key].entry is not None
         )
-        return [self._difference(self.rows[key], self.rows[str(against)]) for key, against in pairs]
+        found = [(self.rows[key], self.rows[str(against)]) for key, against in pairs]
+        return [self._difference(row, other) for row, other in found if self._common_seeds(row, other)]
+
+    def _common_seeds(self, row: Row, other: Row) -> list[int]:
+        return [seed for seed in self.seeds(row) if seed in self.seeds(other)]
 
     def _difference(self, row: Row, other: Row) -> DifferenceRecord:
         # Only seeds that both have: a pair shares its dense models, its text and the order of it.
-        seeds = [seed for seed in self.seeds(row) if seed in self.seeds(other)]
+        seeds = self._common_seeds(row, other)
         scores = [[self.result("evaluate", each, seed) for seed in seeds] for each in (row, other)]
         logs, averages = (
             [[score[key] for score in each] for each in scores]
@@ -201,13 +222,29 @@ class _Found:
             notes.append(f"The seed was given ({self.experiment.seed.model}): its own training is in no row's tokens.")
         if len(self.experiment.seeds) == 1:
             notes.append("One random seed: intervals speak of other text, not of other runs.")
+        for row in self.rows.values():
+            trained = [self.result("train", row, seed) for seed in self.seeds(row)]
+            if collapses := sum(run.get("collapses", 0) for run in trained):
+                lines = sum(len(run.get("loss", ())) for run in trained)
+                notes.append(f"{row.name}: routers had collapsed in {collapses} of {lines} lines of the training log.")
         versions = {json.dumps(record["code"], sort_keys=True) for record in self.records.values()}
         if len(versions) > 1:
             notes.append(f"The steps were run by {len(versions)} versions of the code; each step.json says by which.")
-        frozen = [row.name for row in self.rows.values() if (row.training or {}).get("trainable", "all") != "all"]
-        if frozen:
+        own = ("cores", "threads", "platform")  # of a machine, with nothing to do with the numbers
+        environments = [
+            {key: value for key, value in record["environment"].items() if key not in own}
+            for record in self.records.values()
+        ]
+        if any(environment != environments[0] for environment in environments):
+            notes.append("The steps were run on different devices or library versions; each step.json says on which.")
+        if frozen := [row.name for row in self.rows.values() if self._freezes(row)]:
             notes.append(f"FLOPs count the whole backward pass, also where weights are frozen: {', '.join(frozen)}.")
         return notes
+
+    def _freezes(self, row: Row) -> bool:
+        training = self._training(row)
+        parts = [training.get("trainable", "all"), *(stage["trainable"] for stage in training.get("stages", ()))]
+        return any(part not in ("all", ["all"]) for part in parts)
 
 
 def _tables(experiment: Experiment, rows: list[Row]) -> list[TableRecord]:
@@ -236,7 +273,7 @@ def _parameter_matches(experiment: Experiment, rows: list[Row]) -> list[Paramete
     return matches
 
 
-def _relative(path: str | Path) -> str:
+def relative(path: str | Path) -> str:
     """As seen from the working directory, where that is shorter to say."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative

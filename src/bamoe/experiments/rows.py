@@ -159,26 +159,30 @@ class _Rows:
         return row
 
     def _tokens(self, row: Row, entry: VariantEntry, everything: bool, asking: tuple[str, ...]) -> int | None:
-        branch_rows = [self.rows[name] for name in _branches(self.experiment)]
-        branch_tokens = sum(branch.tokens or 0 for branch in branch_rows)
+        branch_tokens = sum(self.rows[name].tokens or 0 for name in _branches(self.experiment))
         own = self.experiment.mixture.tokens
         if entry.budget == "data":
             return self._checked(row.key, own + branch_tokens if everything else own)
         other = self._variant(str(entry.budget_of), (*asking, row.key))
-        other_is_everything = variant(self.entries[other.key].variant).tokens == "all"
-        if other_is_everything and not everything:
+        if variant(self.entries[other.key].variant).tokens == "all" and not everything:
             raise ConfigError(
                 f"variants: {row.key} trains on the mixture's text, so its budget cannot be that of {other.key}, which "
                 "reads all of it"
             )
-        if entry.budget == "device time":
-            return None
         if other.tokens is None:
             raise ConfigError(f"variants: {row.key}: the tokens of {other.key} are not known before its time is taken")
-        flops = self._flops(other)
-        if everything and not other_is_everything:
-            flops += sum(self._flops(branch) for branch in branch_rows)
-        return self._checked(row.key, round(flops / row.flops_per_token))
+        # What reads all the text has no branches of its own, and gets what those behind the other row cost.
+        behind = [self.rows[name] for name in other.inherited if everything and name not in row.inherited]
+        if entry.budget == "device time":
+            if behind:
+                raise ConfigError(
+                    f"variants: {row.key} reads all the text, but the device time of the branches behind {other.key} "
+                    "is not measured; match its compute instead"
+                )
+            return None
+        tokens = sum(self._flops(each) for each in (other, *behind)) / row.flops_per_token
+        step = self.experiment.batch_tokens
+        return self._checked(row.key, round(tokens / step) * step or round(tokens))
 
     def _flops(self, row: Row) -> float:
         step = self.experiment.batch_tokens
@@ -189,12 +193,12 @@ class _Rows:
         models = len(_branches(self.experiment)) + 1
         recipe: dict[str, Any] = {**merged(chosen.recipe, entry.recipe), "seats": chosen.seats or models}
         if entry.parameters_of is not None:
-            recipe = self._matched(recipe, self._variant(entry.parameters_of, asking), models)
+            recipe = self._matched(recipe, self._variant(entry.parameters_of, asking), models, str(entry.key))
         if recipe["seats"] < models and recipe["recipe"] != "sparse":
             raise ConfigError(f"variants: {entry.key}: {recipe['seats']} expert seats for {models} dense models")
         return recipe
 
-    def _matched(self, recipe: dict[str, Any], other: Row, models: int) -> dict[str, Any]:
+    def _matched(self, recipe: dict[str, Any], other: Row, models: int, key: str) -> dict[str, Any]:
         """Seats by the total, then experts per token by the active parameters of `other`: nearest to both."""
         total, active = other.costs.parameters.total, other.costs.parameters.active
 
@@ -203,7 +207,7 @@ class _Rows:
             return {**recipe, "seats": seats, "feed_forward": merged(recipe["feed_forward"], routing)}
 
         def parameters(seats: int, k: int) -> Any:
-            return self._mixture_costs(with_seats(seats, k), other.key).parameters
+            return self._mixture_costs(with_seats(seats, k), key).parameters
 
         seats = min(range(models, 8 * models + 1), key=lambda seats: abs(parameters(seats, 1).total - total))
         k = min(range(1, seats + 1), key=lambda k: abs(parameters(seats, k).active - active))

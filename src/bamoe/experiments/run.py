@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Collection
+import os
+import shlex
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from bamoe.data.corpora import Corpus, local_files
 from bamoe.errors import ConfigError
 from bamoe.experiments import phases
 from bamoe.experiments.environment import available_cores
 from bamoe.experiments.hashes import FileHashes
 from bamoe.experiments.rows import SEED, Row, experiment_rows, recipe_of
 from bamoe.experiments.schema import Experiment, merged
-from bamoe.experiments.steps import Listener, Step, run_steps
+from bamoe.experiments.steps import Listener, Step, run_steps, states
 from bamoe.locks import locked
 from bamoe.reports.record import ExperimentRecord
-from bamoe.schema import parse, read_yaml
+from bamoe.schema import parse
 from bamoe.training.config import TrainConfig
 
 EXPERIMENT_FILE, RESULTS_FILE, REPORT = "experiment.yaml", "results.json", "report"
+REPORT_FILES = ("report.html", "report.md")
+_MARKER, _LOCK, _HASHES = ".bamoe-experiment", ".lock", ".hashes.json"
+# Settings of a training that do not change what is learnt.
+_MEANS = ("log_every_steps", "save_every_tokens", "keep_checkpoints", "keep_optimizer", "report_to", "parallel")
 _PHASES = 3
 _TIMED_STEPS = 10
 _CHECKPOINTS = 4
@@ -48,7 +55,7 @@ def run_experiment(
             done. Runs of different steps may share `out`.
         workers: processes side by side; by default one per GPU, or per core on a CPU, or one where the experiment has a
             `launch` command. 0 runs everything in this process.
-        force: start again, deleting what an earlier run of the experiment left in `out`.
+        force: do the chosen steps again, all of them by default, deleting what they had left in `out`.
         listener: told of every step kept, started and finished.
 
     Returns:
@@ -58,31 +65,38 @@ def run_experiment(
         ConfigError: `out` holds something else or is in use, or the experiment cannot be honoured.
         BamoeError: a step failed.
     """
-    command = f"bamoe run {experiment if isinstance(experiment, str | Path) else 'EXPERIMENT.yaml'} {out}"
     experiment = Experiment.read(experiment)
     # Absolute, so that the recipes and configs work from any folder.
     out = Path(out).expanduser().absolute()
     rows = experiment_rows(experiment)
-    config = resolved(experiment)
-    _claim(out, experiment, config, force)
-    steps = planned_steps(experiment, rows, out, FileHashes(out / ".hashes.json"))
-    records = run_steps(
-        steps,
-        out,
-        workers=_workers(experiment) if workers is None else workers,
-        only=[pattern for pattern in only if pattern != REPORT] if only else None,
-        listener=listener,
-    )
-    if missing := [step.name for step in steps if step.name not in records]:
-        if REPORT in only:
-            raise ConfigError(f"no report yet: {', '.join(missing)} not done in {out}")
-        return None
-    from bamoe.experiments.results import collect
-    from bamoe.reports.page import write_report
+    _claim(out, experiment)
+    with _written(out), locked(out / _LOCK, str(out), shared=bool(only)):
+        steps = planned_steps(experiment, rows, out, FileHashes(out / _HASHES))
+        config = resolved(experiment)
+        _write_text(out / EXPERIMENT_FILE, config)
+        records = run_steps(
+            steps,
+            out,
+            workers=_workers(experiment) if workers is None else workers,
+            only=[pattern for pattern in only if pattern != REPORT] if only else None,
+            force=force,
+            listener=listener,
+        )
+        if missing := [step.name for step in steps if step.name not in records]:
+            for name in (RESULTS_FILE, *REPORT_FILES):
+                (out / name).unlink(missing_ok=True)  # of an earlier version
+            if REPORT in only:
+                raise ConfigError(
+                    f"no report yet: {len(missing)} of {len(steps)} steps are not done in {out}, the first {missing[0]}"
+                )
+            return None
+        from bamoe.experiments.results import collect, relative
+        from bamoe.reports.page import write_report
 
-    record = collect(experiment, rows, records, out, command=command, config=config)
-    _write_text(out / RESULTS_FILE, json.dumps(asdict(record), indent=1) + "\n")
-    write_report(record, out)
+        command = shlex.join(["bamoe", "run", relative(out / EXPERIMENT_FILE), relative(out)])
+        record = collect(experiment, rows, records, out, command=command, config=config)
+        _write_text(out / RESULTS_FILE, json.dumps(asdict(record), indent=1, allow_nan=False) + "\n")
+        write_report(record, out)
     return record
 
 
@@ -91,11 +105,18 @@ def resolved(experiment: Experiment) -> str:
     return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
 
 
-def planned_steps(experiment: Experiment, rows: list[Row], out: Path, hashes: FileHashes | None = None) -> list[Step]:
-    """Every step of an experiment in the folder `out`; the longest training first where several can start.
+def plan(experiment: Experiment, out: str | Path) -> tuple[list[Row], dict[str, str]]:
+    """The rows of an experiment, and what `run_experiment` would find of every step: "done", "to do" or "changed".
 
-    Without `hashes` of what it reads, the plan can be shown but not run.
+    Nothing is written.
     """
+    out = Path(out).expanduser().absolute()
+    rows = experiment_rows(experiment)
+    return rows, dict(states(planned_steps(experiment, rows, out, FileHashes(out / _HASHES)), out))
+
+
+def planned_steps(experiment: Experiment, rows: list[Row], out: Path, hashes: FileHashes) -> list[Step]:
+    """Every step of an experiment in the folder `out`; the longest training first where several can start."""
     runs = [_Run(experiment, rows, out, seed, hashes) for seed in experiment.seeds]
     # Phase by phase: branches hold up the mixtures, evaluations hold up nothing.
     by_phase = zip(*(run.phases() for run in runs), strict=True)
@@ -103,7 +124,7 @@ def planned_steps(experiment: Experiment, rows: list[Row], out: Path, hashes: Fi
     return [_text(experiment, out, hashes), *ordered, *_sample(experiment, rows, out)]
 
 
-def _text(experiment: Experiment, out: Path, hashes: FileHashes | None) -> Step:
+def _text(experiment: Experiment, out: Path, hashes: FileHashes) -> Step:
     if experiment.builtin_characters is not None:
         folder = out / "text"
         arguments = {
@@ -115,17 +136,23 @@ def _text(experiment: Experiment, out: Path, hashes: FileHashes | None) -> Step:
         return Step("text", phases.write_builtin_text, arguments, makes=makes)
     files = {
         name: {
-            part: {"path": path, "sha256": None if hashes is None else hashes.of(path)}
+            part: {"path": path, "sha256": hashes.of(_files(experiment, name, part))}
             for part, path in _parts(experiment, name).items()
         }
         for name in experiment.domain_names
     }
-    return Step("text", phases.describe_text, {"files": files})
+    corpora = [_corpus(experiment, name, part, out) for name in experiment.domain_names for part in ("train", "valid")]
+    return Step("text", phases.read_text, {"files": files, "corpora": corpora})
 
 
 def _parts(experiment: Experiment, domain: str) -> dict[str, str]:
     text = experiment.domains[domain]
     return {"train": text.train, "valid": text.valid}
+
+
+def _files(experiment: Experiment, domain: str, part: str) -> list[Path]:
+    """The files of a corpus, none if it is a hub data set. Raises DataError for what is neither."""
+    return local_files(Corpus(name=domain, path=_parts(experiment, domain)[part]))
 
 
 def _corpus(experiment: Experiment, domain: str, part: str, out: Path) -> dict[str, str]:
@@ -162,7 +189,7 @@ class _Run:
         self.rows = [row for row in rows if chosen[row.key] is None or seed in (chosen[row.key] or ())]
         self.by_key = {row.key: row for row in rows}
         given = experiment.seed.model
-        self.given = None if given is None or hashes is None else {given: hashes.of(given)}
+        self.given = None if given is None or hashes is None else {given: hashes.of_checkpoint(given)}
 
     def step_name(self, row: Row) -> str:
         """Of a row's training."""
@@ -177,7 +204,8 @@ class _Run:
     def model(self, key: str) -> str:
         """The directory of a row's trained model."""
         if key == SEED and self.experiment.seed.model is not None:
-            return self.experiment.seed.model
+            given = Path(self.experiment.seed.model).expanduser()
+            return str(given.absolute()) if given.is_dir() else self.experiment.seed.model
         return str(self.out / self.step_name(self.by_key[key]) / "model")
 
     def start(self, row: Row) -> tuple[str, list[str]]:
@@ -233,25 +261,25 @@ class _Run:
         return Step(name, phases.mix, arguments, needs=list(dict.fromkeys(needs)), makes=makes, inputs=self.given)
 
     def _time(self, row: Row) -> Step:
-        experiment, other = self.experiment, self.by_key[str(row.entry.budget_of if row.entry else None)]
-        (own_model, own_needs), (other_model, other_needs) = self.start(row), self.start(other)
-        training = merged(experiment.training, row.training or {})
-        arguments = {
-            "model": own_model,
-            "other": other_model,
-            "other_tokens": self._planned_tokens(other),
-            "batch_tokens": experiment.batch_tokens,
-            "micro_batch_tokens": training.get("micro_batch_tokens", experiment.batch_tokens),
-            "sequence_length": experiment.sequence_length,
-            "steps": _TIMED_STEPS,
-        }
-        return Step(f"{self.name}/time/{row.key}", phases.time_step, arguments, needs=[*own_needs, *other_needs])
+        configs, needs = [], []
+        for each in (row, self.by_key[str(row.entry.budget_of if row.entry else None)]):
+            start, before = self.start(each)
+            config = self._config(each, start, self.out / self.step_name(each) / "model")
+            configs.append({key: value for key, value in config.items() if key not in _MEANS})
+            needs += before
+        arguments = {"config": configs[0], "other": configs[1], "steps": _TIMED_STEPS}
+        needs = list(dict.fromkeys(needs))
+        return Step(f"{self.name}/time/{row.key}", phases.time_step, arguments, needs=needs, inputs=self.given)
 
     def _train(self, row: Row) -> Step:
         name = self.step_name(row)
         folder = self.out / name
         start, needs = self.start(row)
-        arguments: dict[str, Any] = {"folder": str(folder), "config": self._config(row, start, folder / "model")}
+        config = self._config(row, start, folder / "model")
+        means: dict[str, Any] = {"settings": {key: config.pop(key) for key in _MEANS if key in config}}
+        if self.experiment.launch is not None:
+            means["launch"] = self.experiment.launch
+        arguments: dict[str, Any] = {"folder": str(folder), "config": config}
         if row.budget == "device time":
             timing = f"{self.name}/time/{row.key}"
             arguments["timed"] = str(self.out / timing / "step.json")
@@ -264,7 +292,7 @@ class _Run:
             needs=["text", *needs],
             makes=[folder / "model" / "config.json"],
             inputs=inputs,
-            means={"launch": self.experiment.launch} if self.experiment.launch else {},
+            means=means,
         )
 
     def _config(self, row: Row, model: str, output: Path) -> dict[str, Any]:
@@ -291,7 +319,14 @@ class _Run:
             **experiment.training,
             **(row.training or {}),
         }
-        parse(config, TrainConfig, f"the training of {row.key}")
+        parsed = parse(config, TrainConfig, f"the training of {row.key}")
+        if row.recipe is None and (parsed.stages or parsed.trainable != ["all"]):
+            raise ConfigError(
+                f"the training of {row.key}: a dense model has no parts to freeze; give trainable or stages to the "
+                "mixtures among the variants, not to a phase"
+            )
+        if row.recipe is not None and parsed.optimizer_state == "keep":
+            raise ConfigError(f"the training of {row.key}: a new mixture has no optimizer state to keep")
         return config
 
     def _planned_tokens(self, row: Row) -> int:
@@ -327,30 +362,35 @@ def _workers(experiment: Experiment) -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else available_cores()
 
 
-def _claim(out: Path, experiment: Experiment, config: str, force: bool) -> None:
+def _claim(out: Path, experiment: Experiment) -> None:
     """Make `out` this experiment's folder, or find that it already is."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; choose a folder")
-    marker = out / EXPERIMENT_FILE
+    marker = out / _MARKER
     if marker.is_file():
-        found = read_yaml(marker)
-        name = found.get("name") if isinstance(found, dict) else None
-        if name != experiment.name:
+        if (name := marker.read_text(encoding="utf-8").strip()) != experiment.name:
             raise ConfigError(f"{out} holds the experiment {name!r}, not {experiment.name!r}; choose another folder")
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(path.suffix != ".partial" for path in out.iterdir()):
         raise ConfigError(f"{out} holds files that no experiment wrote; choose another folder")
-    try:
+    with _written(out):
         out.mkdir(parents=True, exist_ok=True)
-        if force:
-            with locked(out / ".lock", str(out)):
-                for path in (*out.glob("run-*"), *(out / name for name in ("text", "sample"))):
-                    shutil.rmtree(path, ignore_errors=True)
-        _write_text(marker, config)
+        _write_text(marker, f"{experiment.name}\n")
+
+
+@contextmanager
+def _written(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # of what is shown, not of what is kept
     except OSError as error:
-        raise ConfigError(f"cannot write {out}: {error.strerror}; choose another folder") from error
+        raise ConfigError(
+            f"cannot write {error.filename or out}: {error.strerror}; make room, or choose another"
+        ) from error
 
 
 def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
+    # Runs of different steps may write the same at once.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +23,9 @@ _DECIDED_HERE = {
     *("model", "output", "data", "sequence_length", "tokens", "batch_tokens", "learning_rate", "schedule", "seed"),
     *("validation", "evaluate_every_tokens"),
 }
+
+# Of a recipe, what the variant's name and the experiment decide.
+_DECIDED_BY_NAME = ("recipe", "seed", "experts", "num_experts", "seats")
 
 
 def _training_keys(settings: dict[str, Any]) -> dict[str, Any]:
@@ -46,6 +50,14 @@ def _name(name: str) -> str:
     if not name or name != name.strip(".") or any(not (letter.isalnum() or letter in "-_.") for letter in name):
         raise ValueError("names become folders: use letters, digits, '-', '_' and '.'")
     return name
+
+
+def _command(command: str) -> str:
+    try:
+        shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"{command!r} is no command: {error}") from error
+    return command
 
 
 Training = Annotated[dict[str, Any], AfterValidator(_training_keys)]
@@ -154,8 +166,15 @@ class VariantEntry(StrictModel):
         known = variant(self.variant)
         if self.recipe and known.recipe is None:
             raise ValueError(f"{self.variant} is a dense model and has no recipe")
+        if decided := [key for key in _DECIDED_BY_NAME if key in self.recipe]:
+            raise ValueError(
+                f"recipe: {', '.join(decided)} cannot be set here: the variant's name says what is mixed and in how "
+                "many seats (btx-top-K-of-SEATS), and the models are the experiment's own"
+            )
         if self.parameters_of is not None and not self.variant.startswith("btx"):
             raise ValueError("parameters_of chooses the seats of a btx variant")
+        if self.parameters_of is not None and self.variant == "btx-soft":
+            raise ValueError("btx-soft uses all its experts: parameters_of needs a choice of them, as in btx-top-1")
         if self.budget == "data" and self.budget_of is not None:
             raise ValueError("budget_of belongs to budget: compute, or device time")
         if self.budget != "data" and self.budget_of is None:
@@ -209,7 +228,7 @@ class Experiment(StrictModel):
     schedule: PhaseSchedule = Field(default_factory=PhaseSchedule)
     training: Training = Field(default_factory=dict, description="further keys of every training config")
     validations: PositiveInt = Field(1, description="of held-out text during each training, the last at its end")
-    launch: str | None = Field(
+    launch: Annotated[str, AfterValidator(_command)] | None = Field(
         None, min_length=1, description='put before each training, such as "torchrun --nproc-per-node 8"'
     )
 
@@ -241,6 +260,8 @@ class Experiment(StrictModel):
             branches.domains = [name for name in names if name != self.general]
         if not branches.domains:
             raise ValueError("branches.domains: at least one domain besides the general one is needed")
+        if "seed" in branches.domains:
+            raise ValueError("branches.domains: seed is the row of the seed model; give the domain another name")
         used: Mapping[str, Any] = {
             "general": [self.general],
             "seed.data": self.seed.data or {},
@@ -262,6 +283,8 @@ class Experiment(StrictModel):
             raise ValueError(f"variants: two rows are called {', '.join(repeated)}; give one of them a key")
         assert self.branches.domains is not None
         rows = ["seed", *self.branches.domains, *keys]
+        seeds = {row: set(self.seeds) for row in rows}
+        seeds |= {str(entry.key): set(entry.seeds) for entry in self.variants if entry.seeds is not None}
         if taken := sorted(set(rows[: len(rows) - len(keys)]) & set(keys)):
             raise ValueError(f"variants: {', '.join(taken)} is the seed's or a branch's name; give a key")
         for entry in self.variants:
@@ -271,12 +294,21 @@ class Experiment(StrictModel):
                     raise ValueError(f"variants: {entry.key}: {field} is {other!r}; it must be another variant's key")
             if entry.seeds is not None and (absent := sorted(set(entry.seeds) - set(self.seeds))):
                 raise ValueError(f"variants: {entry.key}: seeds {absent} are not among {self.seeds}")
+            timed = entry.budget == "device time"
+            if timed and (absent := sorted(seeds[str(entry.key)] - seeds[str(entry.budget_of)])):
+                raise ValueError(
+                    f"variants: {entry.key}: {entry.budget_of}, whose device time it gets, lacks its seeds {absent}"
+                )
         for table in self.tables:
             against = [] if table.against is None else [table.against]
             if unknown := [row for row in (*table.rows, *against) if row not in rows]:
                 raise ValueError(f"tables: no row {', '.join(unknown)}; there are {', '.join(rows)}")
+            if alone := [row for row in table.rows for other in against if not seeds[row] & seeds[other]]:
+                raise ValueError(f"tables: {', '.join(alone)} and {table.against} have no random seed in common")
         if self.samples is not None and self.samples.row not in rows:
             raise ValueError(f"samples.row: no row {self.samples.row}; there are {', '.join(rows)}")
+        if self.samples is not None and self.seeds[0] not in seeds[self.samples.row]:
+            raise ValueError(f"samples.row: {self.samples.row} lacks the first random seed, {self.seeds[0]}")
 
     @property
     def domain_names(self) -> list[str]:

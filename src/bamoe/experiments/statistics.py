@@ -30,8 +30,10 @@ def interval_over_seeds(differences: Sequence[float]) -> Interval | None:
 
 def interval_over_text(
     nats: Mapping[str, Sequence[float]], other_nats: Mapping[str, Sequence[float]], tokens: Mapping[str, Sequence[int]]
-) -> Interval:
+) -> Interval | None:
     """Normal interval of the difference in log perplexity per token, the mean over the domains.
+
+    None where a domain has one block only, which says nothing of how blocks vary.
 
     It speaks of other text of the same domains under the same trained models. A domain's difference is a ratio of sums
     over its blocks (nats over tokens), with the ratio estimator's variance; blocks are taken as independent, which
@@ -46,11 +48,11 @@ def interval_over_text(
         differences = np.asarray(nats[domain]) - np.asarray(other_nats[domain])
         weights = np.asarray(lengths, dtype=float)
         blocks, mean = len(weights), differences.sum() / weights.sum()
+        if blocks < 2:
+            return None
         residuals = differences - mean * weights
-        # One block says nothing of how blocks vary.
-        spread = residuals.var(ddof=1) if blocks > 1 else math.inf
         means.append(mean)
-        variances.append(blocks * spread / weights.sum() ** 2)
+        variances.append(blocks * residuals.var(ddof=1) / weights.sum() ** 2)
         count += blocks
     mean = float(np.mean(means))
     half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.sqrt(sum(variances)) / len(means)

@@ -7,6 +7,7 @@ done, and stands as long as the step's fingerprint (of its arguments, its inputs
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import multiprocessing
@@ -73,6 +74,7 @@ def run_steps(
     *,
     workers: int,
     only: Collection[str] | None = None,
+    force: bool = False,
     listener: Listener = lambda event, step, seconds: None,
 ) -> dict[str, Any]:
     """Run the steps that are not done yet and return the records of all steps that are done, by name.
@@ -85,67 +87,88 @@ def run_steps(
         workers: processes, each with one thread, so that results do not depend on how many there are; 0 runs
             everything in this process. With GPUs, each process has one of them.
         only: run only the steps that one of these patterns names (none: just read the records); what they need must be
-            done. Several such runs may share `root`.
+            done. Several such runs may work in `root` at once.
+        force: do every chosen step again, from an empty folder.
         listener: told of every step kept, started and finished.
 
     Raises:
-        ConfigError: another run uses `root` or one of the steps, or a pattern names no step.
+        ConfigError: another run uses one of the steps, a pattern names no step, or a step's folder holds files of
+            something else.
         StepError: a step ended in an error of the user's, or what it needs is not done; other errors come out as they
             are. Other running steps stop.
     """
-    root.mkdir(parents=True, exist_ok=True)
     chosen = _chosen(steps, only)
-    with ExitStack() as locks:
-        locks.enter_context(locked(root / _LOCK, str(root), shared=only is not None))
-        done = _Done(root, steps)
+    with ExitStack() as locks, _full_disk_explained(root):
+        done = _Done(root, steps, chosen if force else set())
         for step in steps:
             if step.name in done.records:
                 listener("kept", step, done.records[step.name]["seconds"])
         waiting = [step for step in steps if step.name in chosen and step.name not in done.records]
         for step in waiting:
             if only is not None and (
-                missing := [name for name in step.needs if name not in done.records and name not in chosen]
+                missing := [
+                    name for name in dict.fromkeys(step.needs) if name not in done.records and name not in chosen
+                ]
             ):
                 raise StepError(f"{step.name} needs {', '.join(missing)}, not done in {root}; run that first")
             (root / step.name).mkdir(parents=True, exist_ok=True)
-            if only is not None:
-                locks.enter_context(locked(root / step.name / _LOCK, f"{root / step.name}"))
+            locks.enter_context(locked(root / step.name / _LOCK, str(root / step.name)))
         if waiting:
             _run(waiting, root, done, workers, listener)
     return done.records
 
 
+def states(steps: Sequence[Step], root: Path) -> dict[str, Literal["done", "to do", "changed"]]:
+    """What a run in `root` would find of every step; what is "changed" would be deleted and done again."""
+    done = _Done(root, steps, ())
+    return {step.name: "done" if step.name in done.records else done.found(step) for step in steps}
+
+
 def _chosen(steps: Sequence[Step], only: Collection[str] | None) -> set[str]:
     for pattern in only or ():
-        if not any(step.is_called(pattern) for step in steps):
-            names = ", ".join(step.name for step in steps)
-            raise ConfigError(f"--only {pattern}: no such step; there are {names}")
+        # With wildcards it may well be that there is none.
+        if not any(wild in pattern for wild in "*?[") and not any(step.is_called(pattern) for step in steps):
+            close = difflib.get_close_matches(pattern, [step.name for step in steps], n=3, cutoff=0.3)
+            raise ConfigError(
+                f"--only {pattern}: no such step{f'; did you mean {close}?' if close else ''}; --dry-run names them all"
+            )
     return {step.name for step in steps if only is None or any(step.is_called(pattern) for pattern in only)}
 
 
 class _Done:
     """What is done in `root`: the records of its steps, and the fingerprints that they must have."""
 
-    def __init__(self, root: Path, steps: Sequence[Step]) -> None:
+    def __init__(self, root: Path, steps: Sequence[Step], again: Collection[str]) -> None:
+        """`again`: steps that count as not done, whatever is there."""
         self.root = root
+        self.again = set(again)
         self.code = code_version()
         self.records: dict[str, dict[str, Any]] = {}
         self.fingerprints: dict[str, str] = {}
         for step in steps:
             self.fingerprints[step.name] = _fingerprint(step, self.fingerprints, root)
             record = _read_json(root / step.name / RECORD)
-            same = record.get("fingerprint") == self.fingerprints[step.name]
+            same = record.get("fingerprint") == self.fingerprints[step.name] and step.name not in self.again
             if same and all(path.exists() for path in step.makes) and all(name in self.records for name in step.needs):
                 self.records[step.name] = record
+
+    def found(self, step: Step) -> Literal["to do", "changed"]:
+        """What there is of a step that is not done."""
+        started = self.root / step.name / _STARTED
+        same = not started.is_file() or started.read_text(encoding="utf-8") == self.fingerprints[step.name]
+        return "to do" if same else "changed"
 
     def begin(self, step: Step) -> None:
         """Make the step's folder ready: as an interrupted call left it, or empty if that was another call."""
         folder, fingerprint = self.root / step.name, self.fingerprints[step.name]
-        started = folder / _STARTED
-        if not started.is_file() or started.read_text(encoding="utf-8") != fingerprint:
-            for path in folder.iterdir():
-                if path.name != _LOCK:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        started, record = folder / _STARTED, folder / RECORD
+        others = [path for path in folder.iterdir() if path not in (folder / _LOCK, started, record)]
+        if others and not (started.is_file() or record.is_file()):
+            raise ConfigError(f"{folder} holds files that no step wrote; choose another folder for the experiment")
+        if not started.is_file() or started.read_text(encoding="utf-8") != fingerprint or step.name in self.again:
+            # First what says that the rest is of use.
+            for path in (record, started, *others):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
             started.write_text(fingerprint, encoding="utf-8")
 
     def finish(self, step: Step, outcome: _Outcome) -> None:
@@ -192,12 +215,17 @@ def _run(waiting: list[Step], root: Path, done: _Done, workers: int, listener: L
                     outcome = future.result()
                 except BamoeError as error:
                     raise StepError(f"step {step.name!r}: {error}") from error
+                except OSError as error:
+                    raise StepError(f"step {step.name!r}: {error}; the same command goes on from here") from error
                 except BrokenProcessPool as error:
                     names = ", ".join(sorted({step.name, *(other.name for other in running.values())}))
                     raise StepError(
-                        f"a worker process died during {names} (out of memory?); its {LOG} is in the step's folder in "
-                        f"{root}. The same command goes on from here"
+                        f"a worker process died during {names}; its {LOG} is in the step's folder in {root}. Out of "
+                        "memory? Or a script without `if __name__ == '__main__'`? The same command goes on from here"
                     ) from error
+                except Exception as error:
+                    error.add_note(f"in step {step.name} of {root}")
+                    raise
                 done.finish(step, outcome)
                 listener("finished", step, outcome.seconds)
 
@@ -210,7 +238,7 @@ def _fingerprint(step: Step, before: Mapping[str, str], root: Path) -> str:
         "inputs": step.inputs,
         "needs": [before[name] for name in step.needs],
     }
-    text = json.dumps(what, sort_keys=True).replace(json.dumps(str(root))[1:-1], "")
+    text = json.dumps(what, sort_keys=True).replace(json.dumps(f"{root}/")[1:-1], "")
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -226,6 +254,16 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+@contextmanager
+def _full_disk_explained(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # of what is shown, not of what is kept
+    except OSError as error:
+        raise StepError(f"cannot write {error.filename or root}: {error.strerror}; the same command goes on") from error
 
 
 def _timed(function: Callable[..., Any], arguments: dict[str, Any], log: Path | None) -> _Outcome:
@@ -258,7 +296,7 @@ def _executor(workers: int) -> Iterator[Executor]:
     context = multiprocessing.get_context("spawn")
     places = context.Queue()
     for place in range(workers):
-        places.put(place)
+        places.put(_device(place) if workers > 1 else None)
     executor = ProcessPoolExecutor(workers, context, initializer=_become_worker, initargs=(places,))
     try:
         yield executor
@@ -270,14 +308,24 @@ def _executor(workers: int) -> Iterator[Executor]:
         raise
 
 
+def _device(place: int) -> str | None:
+    """The GPU of one of several workers, as CUDA_VISIBLE_DEVICES names it; None without GPUs."""
+    import torch
+
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    names = visible if len(visible) == count and all(visible) else [str(index) for index in range(count)]
+    return names[place % count] if count else None
+
+
 def _become_worker(places: Any) -> None:
     """One thread per process: small matrices gain nothing from more, and results must not depend on the machine."""
+    if (device := places.get()) is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device  # before torch looks
     import torch
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     torch.set_num_threads(1)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(places.get() % torch.cuda.device_count())
     # Ctrl-C reaches every process of the terminal; the parent stops its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # By default a lock between processes, which a worker stopped in its work would leave behind.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
@@ -76,6 +76,7 @@ def results_table(record: ExperimentRecord, table: TableRecord, intervals: bool 
             columns += [Column("difference", "log change", "difference"), Column("bounds", "95% interval", "interval")]
     if len({len(row.runs) for row in rows}) > 1:
         columns.append(Column("seeds", "seeds", "amount"))
+    competing = _competing(rows)
     records = []
     for row in rows:
         means = {_domain_key(domain): _mean(run.perplexity[domain] for run in row.runs) for domain in record.domains}
@@ -83,8 +84,8 @@ def results_table(record: ExperimentRecord, table: TableRecord, intervals: bool 
             "average": _mean(run.average_perplexity for run in row.runs),
             "log": _mean(run.average_log_perplexity for run in row.runs),
         }
-        records.append({"name": names[row.key], "aside": row.aside, "seeds": len(row.runs), **means, **averages,
-                        **_difference(record, row.key, table.against)})  # fmt: skip
+        records.append({"name": names[row.key], "aside": row.key not in competing, "seeds": len(row.runs),
+                        **means, **averages, **_difference(record, row.key, table.against)})  # fmt: skip
     if record.own_expert is not None:
         own = {_domain_key(domain): record.own_expert.get(domain) for domain in record.domains}
         records.append({"name": OWN_EXPERT, "aside": True, **own, "average": record.own_expert.get("average")})
@@ -150,11 +151,11 @@ def _what_was_run(record: ExperimentRecord) -> Section:
 
 def _results(record: ExperimentRecord) -> Section:
     names = row_names(record)
-    over = "Means over the random seeds." if len(record.seeds) > 1 else "One random seed."
-    competing = "best in bold, the seed, the branches and each text's own expert not competing"
+    best = "best in bold, the seed, the branches and each text's own expert not competing"
     blocks: list[Block] = []
     for table in record.tables:
-        caption = f"{table.caption} Perplexity per token on held-out text; {competing}. {over}"
+        over = _over(record, [record.row(key) for key in table.rows], changes=table.against is not None)
+        caption = f"{table.caption} Perplexity per token on held-out text; {best}. {over}"
         if table.against is not None:
             caption += (
                 f" Change: of average perplexity against {names[table.against]}; log change: of the mean log "
@@ -168,14 +169,34 @@ def _results(record: ExperimentRecord) -> Section:
         ]
     blocks += [
         Subheading("Bits per byte"),
-        TableBlock(_bits_per_byte(record, names), "Bits per byte", f"On held-out text; {competing}. {over}"),
+        TableBlock(
+            _bits_per_byte(record, names), "Bits per byte", f"On held-out text; {best}. {_over(record, record.rows)}"
+        ),
     ]
     return Section("Results", blocks)
 
 
+def _competing(rows: Collection[RowRecord]) -> set[str]:
+    """The rows that may be the best: of those with the most random seeds."""
+    most = max((len(row.runs) for row in rows if not row.aside), default=0)
+    return {row.key for row in rows if not row.aside and len(row.runs) == most}
+
+
+def _over(record: ExperimentRecord, rows: Collection[RowRecord], changes: bool = False) -> str:
+    """What the means of a table with these rows are over."""
+    if len({tuple(run.seed for run in row.runs) for row in rows}) > 1:
+        paired = ", changes over the seeds that both rows have" if changes else ""
+        return (
+            f"Averages are over each row's own random seeds{paired}; a row with fewer seeds than another does not "
+            "compete with it."
+        )
+    return "Means over the random seeds." if len(record.seeds) > 1 else "One random seed."
+
+
 _INTERVALS = (
     "Mean log perplexity of a row less that of the row it is compared with, in nats. Over seeds: paired over random "
-    "seeds, Student's t. Over text: paired over blocks of held-out text, bootstrap; it says nothing of another seed."
+    "seeds, Student's t. Over text: paired over blocks of held-out text, normal, with the variance of a ratio of sums; "
+    "none where a domain is one block of text. It says nothing of another seed."
 )
 
 
@@ -195,11 +216,10 @@ def _differences(record: ExperimentRecord, names: Mapping[str, str]) -> Table:
             "name": names[found.row],
             "against": names[found.against],
             "relative": found.relative,
-            "text": found.over_text.mean,
-            "text_bounds": (found.over_text.low, found.over_text.high),
         }
-        if found.over_seeds is not None:
-            values |= {"seeds": found.over_seeds.mean, "seeds_bounds": (found.over_seeds.low, found.over_seeds.high)}
+        for over, interval in (("seeds", found.over_seeds), ("text", found.over_text)):
+            if interval is not None:
+                values |= {over: interval.mean, f"{over}_bounds": (interval.low, interval.high)}
         records.append(values)
     return Table(columns, records)
 
@@ -208,6 +228,8 @@ def _difference(record: ExperimentRecord, row: str, against: str | None) -> dict
     for found in record.differences:
         if (found.row, found.against) == (row, against):
             decisive = found.over_seeds or found.over_text
+            if decisive is None:
+                return {"relative": found.relative}
             bounds = (decisive.low, decisive.high)
             return {"relative": found.relative, "difference": decisive.mean, "bounds": bounds}
     return {}
@@ -215,13 +237,14 @@ def _difference(record: ExperimentRecord, row: str, against: str | None) -> dict
 
 def _bits_per_byte(record: ExperimentRecord, names: Mapping[str, str]) -> Table:
     domains = [Column(_domain_key(domain), domain, "fine", best="min") for domain in record.domains]
+    competing = _competing(record.rows)
     records = []
     for row in record.rows:
         means = {_domain_key(domain): _mean(run.bits_per_byte[domain] for run in row.runs) for domain in record.domains}
         records.append(
             {
                 "name": names[row.key],
-                "aside": row.aside,
+                "aside": row.key not in competing,
                 **means,
                 "average": _mean(mean(run.bits_per_byte[domain] for domain in record.domains) for run in row.runs),
             }

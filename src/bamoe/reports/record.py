@@ -73,14 +73,14 @@ class DifferenceRecord:
 
     relative: (average perplexity of `row` / that of `against`) - 1, from the means over the seeds.
     over_seeds: paired over random seeds (Student's t); None with one seed.
-    over_text: paired over the blocks of held-out text, each the mean over the seeds.
+    over_text: paired over the blocks of held-out text, each the mean over the seeds; None where a domain has one only.
     """
 
     row: str
     against: str
     relative: float
     over_seeds: Interval | None
-    over_text: Interval
+    over_text: Interval | None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ def verdict(record: ExperimentRecord, difference: DifferenceRecord) -> str:
     """The difference of a row, without the row's name: lower or higher only where its interval excludes zero."""
     against = row_names(record)[difference.against]
     decisive = difference.over_seeds or difference.over_text
-    direction = _direction(decisive)
+    direction = 0 if decisive is None else _direction(decisive)
     moved = abs(difference.relative) >= 0.0005  # what is 0.0% as printed has no direction
     if direction == 0:
         return (
@@ -48,12 +48,14 @@ def parameter_verdict(match: ParameterMatch) -> str:
 def _measured(difference: DifferenceRecord) -> str:
     seeds, text = difference.over_seeds, difference.over_text
     if seeds is None:
+        if text is None:
+            return "one random seed and one block of text: no interval"
         return (
             f"log perplexity {signed(text.mean, 3)}, 95% interval {_bounds(text)}, over the held-out text only: "
             "one random seed"
         )
     measured = f"log perplexity {signed(seeds.mean, 3)}, 95% interval over {seeds.count} seeds {_bounds(seeds)}"
-    if _direction(seeds) != 0 and _direction(text) != _direction(seeds):
+    if text is not None and _direction(seeds) != 0 and _direction(text) != _direction(seeds):
         measured += f"; over the held-out text {_bounds(text)}"
     return measured
 

@@ -27,6 +27,8 @@ TRAINING_LOG = "training_log.jsonl"
 _FREE_TO_CHANGE = {
     *("output", "log_every_steps", "save_every_tokens", "keep_checkpoints", "keep_optimizer", "report_to", "parallel"),
 }
+# Settings that name files: another name may be the same file in a folder that was moved.
+_PATHS = {"model", "output", "data", "validation"}
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # safetensors passes on the system's words; of torch.save these are the words when it cannot write.
 _NO_ROOM_WORDS = re.compile(
@@ -60,6 +62,22 @@ class RunFolder:
         """The file that a living run holds."""
         return self.checkpoints / "run.lock"
 
+    def is_finished(self, config: dict[str, Any] | None = None) -> bool:
+        """Whether a run is complete here: any, or the one that learns what `config` says."""
+        finished = _read_json(self.output / TRAINING_CONFIG)
+        return finished is not None and (config is None or not _different(finished, config, _FREE_TO_CHANGE))
+
+    def move(self, config: dict[str, Any]) -> bool:
+        """Let `config` go on with an unfinished run of its settings, whatever the paths; false if there is no such run.
+
+        For a caller that knows that it is the same run in a folder that was moved.
+        """
+        started = _read_json(self.checkpoints / TRAINING_CONFIG)
+        if started is None or _different(started, config, _FREE_TO_CHANGE | _PATHS):
+            return False
+        _write_json(self.checkpoints / TRAINING_CONFIG, config)
+        return True
+
     def check(self, config: dict[str, Any], resume: bool, force: bool) -> None:
         """Refuse an output that this run may not write to; changes nothing of use.
 
@@ -92,11 +110,7 @@ class RunFolder:
                 f"output {self.output} already holds a finished run; choose another output, or --force to train again"
             )
         assert started is not None
-        keys = sorted(config.keys() - _FREE_TO_CHANGE)
-        different = [
-            f"{key}: {started.get(key)!r} there, {config[key]!r} now" for key in keys if started.get(key) != config[key]
-        ]
-        if different:
+        if different := _different(started, config, _FREE_TO_CHANGE):
             raise ConfigError(
                 f"output {self.output} holds an unfinished run with other settings; choose another output, or "
                 "--force to start again\n  " + "\n  ".join(different)
@@ -199,6 +213,14 @@ def _is_full_disk(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _different(there: dict[str, Any], now: dict[str, Any], but: set[str]) -> list[str]:
+    return [
+        f"{key}: {there.get(key)!r} there, {now[key]!r} now"
+        for key in sorted(now.keys() - but)
+        if there.get(key) != now[key]
+    ]
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

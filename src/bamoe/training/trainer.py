@@ -240,8 +240,10 @@ class RunLog(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The last step is logged and evaluated even where it is no multiple of the interval.
         if state.global_step == state.max_steps:
-            control.should_log = True
             control.should_evaluate = args.eval_strategy != "no"
+        # A checkpoint keeps no sums of the lines to come: it begins a new one, so that a resumed run logs the same.
+        if control.should_save or state.global_step == state.max_steps:
+            control.should_log = True
 
 
 class StopOnDivergence(TrainerCallback):
