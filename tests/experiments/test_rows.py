@@ -121,6 +121,7 @@ def test_parameter_matched_btx_finds_the_papers_shape(tmp_path):
     found = rows(tmp_path, ["bam-kv-experts", matched])
     recipe = found["matched"].recipe
     assert (recipe["seats"], recipe["feed_forward"]["num_experts_per_tok"]) == (6, 3)
+    assert found["matched"].name == "BTX top-3 of 6"
     own, other = found["matched"].costs.parameters, found["bam-kv-experts"].costs.parameters
     routers = LAYERS * WIDTH * (8 - 6)
     assert (other.total - own.total, other.active - own.active) == (routers, routers)

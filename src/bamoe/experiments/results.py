@@ -17,6 +17,7 @@ from bamoe.experiments.rows import SEED, Row
 from bamoe.experiments.schema import Experiment, merged
 from bamoe.experiments.statistics import interval_over_seeds, interval_over_text
 from bamoe.reports.record import (
+    PARAMETERS_MATCHED,
     DifferenceRecord,
     ExperimentRecord,
     ParameterMatch,
@@ -223,6 +224,8 @@ class _Found:
         if len(self.experiment.seeds) == 1:
             notes.append("One random seed: intervals speak of other text, not of other runs.")
         for row in self.rows.values():
+            if row.budget_flops and abs(miss := self.row(row).own_flops / row.budget_flops - 1) > PARAMETERS_MATCHED:
+                notes.append(f"{row.name}: in whole steps its FLOPs are {miss:+.1%} from its budget, so not matched.")
             trained = [self.result("train", row, seed) for seed in self.seeds(row)]
             if collapses := sum(run.get("collapses", 0) for run in trained):
                 lines = sum(len(run.get("loss", ())) for run in trained)

@@ -26,6 +26,7 @@ class Row:
     tokens: its budget, of which training takes the whole steps; None until the device time of `budget_of` has been
         measured.
     inherited: the rows whose training it builds on.
+    budget_flops: those that a row of the same compute should take; its tokens are the nearest whole steps.
     recipe: of its upcycling, without the checkpoints; None for a dense model.
     phase: 0 seed, 1 branches and what reads all the text, 2 mixture; each phase draws its text in an order of its own.
     entry: what the experiment says of a variant; None for the seed and branches.
@@ -42,6 +43,7 @@ class Row:
     phase: int = 0
     training: Mapping[str, Any] | None = None
     entry: VariantEntry | None = None
+    budget_flops: float | None = None
 
     @property
     def flops_per_token(self) -> float:
@@ -144,7 +146,7 @@ class _Rows:
         recipe = None if chosen.recipe is None else self._recipe(entry, chosen, (*asking, key))
         row = Row(
             key,
-            str(entry.name),
+            _name(entry, chosen, recipe),
             self._all_text(mixture) if everything else mixture,
             None,
             entry.learning_rate or self._rate(phase),
@@ -155,14 +157,15 @@ class _Rows:
             training=merged(phase.training, entry.training),
             entry=entry,
         )
-        self.rows[key] = row = replace(row, tokens=self._tokens(row, entry, everything, asking))
+        self.rows[key] = row = self._budgeted(row, entry, everything, asking)
         return row
 
-    def _tokens(self, row: Row, entry: VariantEntry, everything: bool, asking: tuple[str, ...]) -> int | None:
+    def _budgeted(self, row: Row, entry: VariantEntry, everything: bool, asking: tuple[str, ...]) -> Row:
+        """The row with its tokens."""
         branch_tokens = sum(self.rows[name].tokens or 0 for name in _branches(self.experiment))
         own = self.experiment.mixture.tokens
         if entry.budget == "data":
-            return self._checked(row.key, own + branch_tokens if everything else own)
+            return replace(row, tokens=self._checked(row.key, own + branch_tokens if everything else own))
         other = self._variant(str(entry.budget_of), (*asking, row.key))
         if variant(self.entries[other.key].variant).tokens == "all" and not everything:
             raise ConfigError(
@@ -179,10 +182,12 @@ class _Rows:
                     f"variants: {row.key} reads all the text, but the device time of the branches behind {other.key} "
                     "is not measured; match its compute instead"
                 )
-            return None
-        tokens = sum(self._flops(each) for each in (other, *behind)) / row.flops_per_token
-        step = self.experiment.batch_tokens
-        return self._checked(row.key, round(tokens / step) * step or round(tokens))
+            return row
+        flops = sum(self._flops(each) for each in (other, *behind))
+        tokens, step = flops / row.flops_per_token, self.experiment.batch_tokens
+        return replace(
+            row, tokens=self._checked(row.key, round(tokens / step) * step or round(tokens)), budget_flops=flops
+        )
 
     def _flops(self, row: Row) -> float:
         step = self.experiment.batch_tokens
@@ -249,6 +254,14 @@ class _Rows:
         if tokens < step:
             raise ConfigError(f"{key}: its budget of {tokens} tokens is less than one step of batch_tokens ({step})")
         return tokens
+
+
+def _name(entry: VariantEntry, chosen: Variant, recipe: Mapping[str, Any] | None) -> str:
+    """As the report calls a row; seats and top-k that were chosen to match parameters replace those of its variant."""
+    name = str(entry.name)
+    if entry.parameters_of is None or recipe is None:
+        return name
+    return name.replace(chosen.name, f"BTX top-{recipe['feed_forward']['num_experts_per_tok']} of {recipe['seats']}")
 
 
 def _branches(experiment: Experiment) -> list[str]:
