@@ -218,7 +218,8 @@ class _Found:
 
     def notes(self) -> list[str]:
         """What a reader of the numbers must know."""
-        notes = []
+        notes: list[str] = []
+        collapses: list[str] = []
         if self.experiment.seed.model is not None:
             notes.append(f"The seed was given ({self.experiment.seed.model}): its own training is in no row's tokens.")
         if len(self.experiment.seeds) == 1:
@@ -227,9 +228,10 @@ class _Found:
             if row.budget_flops and abs(miss := self.row(row).own_flops / row.budget_flops - 1) > PARAMETERS_MATCHED:
                 notes.append(f"{row.name}: in whole steps its FLOPs are {miss:+.1%} from its budget, so not matched.")
             trained = [self.result("train", row, seed) for seed in self.seeds(row)]
-            if collapses := sum(run.get("collapses", 0) for run in trained):
-                lines = sum(len(run.get("loss", ())) for run in trained)
-                notes.append(f"{row.name}: routers had collapsed in {collapses} of {lines} lines of the training log.")
+            if count := sum(run.get("collapses", 0) for run in trained):
+                collapses.append(f"{row.name} in {count} of {sum(len(run.get('loss', ())) for run in trained)}")
+        if collapses:
+            notes.append(f"Lines of the training log at which routers had collapsed: {', '.join(collapses)}.")
         versions = {json.dumps(record["code"], sort_keys=True) for record in self.records.values()}
         if len(versions) > 1:
             notes.append(f"The steps were run by {len(versions)} versions of the code; each step.json says by which.")
