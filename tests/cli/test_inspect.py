@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM as Auto
 from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from bamoe.cli.main import main
-from bamoe.modeling import BamoeConfig, BamoeForCausalLM
+from bamoe.modeling import BamoeForCausalLM
 from bamoe.recipes.upcycle import upcycle
+from tests.modeling.test_costs import paper_small
 
 WIDTH, INNER, LAYERS, VOCABULARY, HEADS, KEY_VALUE_HEADS, HEAD_DIM = 32, 48, 2, 40, 4, 2, 8
 TINY = {
@@ -132,18 +133,8 @@ PAPER = {
 
 
 def paper_mixture(attention_experts=1, key_value="experts", experts=4, top_k=1):
-    """BAM's small model (arXiv 2408.08274), or BTX with one attention expert."""
-    return BamoeForCausalLM, BamoeConfig(
-        **PAPER,
-        num_attention_heads=8 * attention_experts,
-        num_key_value_heads=8 * (attention_experts if key_value == "experts" else 1),
-        head_dim=128,
-        num_attention_experts=attention_experts,
-        attention_key_value=key_value,
-        num_experts=experts,
-        num_experts_per_tok=top_k,
-        use_parallel_block=True,
-    )
+    """BAM's small model, or BTX with one attention expert."""
+    return BamoeForCausalLM, paper_small(attention_experts, key_value, experts, top_k)
 
 
 def save_without_values(directory, model_class, config):

@@ -18,7 +18,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bamoe.data.corpora import Corpus, read_documents
 from bamoe.data.word_problems import word_problems
 from bamoe.errors import DataError
 
@@ -69,23 +68,6 @@ def write_builtin_corpora(
             part: _write(directory / f"{domain}.{part}.jsonl", texts)
             for part, texts in (("train", train), ("valid", valid))
         }
-    return written
-
-
-def copy_corpora(source: str | Path, directory: str | Path) -> dict[str, dict[str, BuiltinFile]]:
-    """Take every domain's text from a folder with NAME.train.jsonl and NAME.valid.jsonl (or .jsonl.gz) instead.
-
-    Raises DataError when a file is missing or holds no text.
-    """
-    source, directory = Path(source), Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    written: dict[str, dict[str, BuiltinFile]] = {}
-    for domain in DOMAINS:
-        for part in ("train", "valid"):
-            name = f"{domain}.{part}.jsonl"
-            path = source / name if (source / name).is_file() else source / f"{name}.gz"
-            texts = read_documents(Corpus(name=domain, path=str(path)))["text"]
-            written.setdefault(domain, {})[part] = _write(directory / name, list(texts))
     return written
 
 

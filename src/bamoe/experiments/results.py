@@ -49,7 +49,7 @@ def collect(
         parameter_matches=_parameter_matches(experiment, rows),
         own_expert=found.own_expert(),
         corpora=records["text"]["result"],
-        environment=records[found.step("evaluate", rows[-1], found.seeds(rows[-1])[0])]["environment"],
+        environment=records[rows[-1].step("evaluate", rows[-1].seeds(experiment)[0])]["environment"],
         code=records["text"]["code"],
         config=config,
         notes=found.notes(),
@@ -62,25 +62,13 @@ class _Found:
         self.experiment, self.records, self.out = experiment, records, out
         self.rows = {row.key: row for row in rows}
 
-    def seeds(self, row: Row) -> list[int]:
-        """The random seeds that a row was trained with."""
-        chosen = row.entry.seeds if row.entry is not None else None
-        return [seed for seed in self.experiment.seeds if chosen is None or seed in chosen]
-
-    @staticmethod
-    def step(kind: str, row: Row, seed: int) -> str:
-        """The name of a row's step."""
-        if kind == "train" and row.key == SEED:
-            return f"run-{seed}/seed"
-        return f"run-{seed}/{'branch' if kind == 'train' and row.entry is None else kind}/{row.key}"
-
     def result(self, kind: str, row: Row, seed: int) -> dict[str, Any]:
         """What a row's step returned; a given seed was not trained."""
-        return dict(self.records.get(self.step(kind, row, seed), {}).get("result", {}))
+        return dict(self.records.get(row.step(kind, seed), {}).get("result", {}))
 
     def row(self, row: Row) -> RowRecord:
         """A row with all its runs."""
-        seeds = self.seeds(row)
+        seeds = row.seeds(self.experiment)
         history = [self.rows[key] for key in row.inherited] + [row]
         # By device time, each random seed has tokens of its own.
         tokens = {
@@ -136,14 +124,14 @@ class _Found:
         parts: list[list[str]] = []
         model = self.experiment.seed.model or ""
         if row.recipe is not None:
-            folder = self._shown(self.step("mix", row, seed))
+            folder = self._shown(row.step("mix", seed))
             parts.append(["bamoe", "upcycle", f"{folder}/{RECIPE_FILE}", f"{folder}/model", "--force"])
-        if (step := self.step("train", row, seed)) in self.records:
+        if (step := row.step("train", seed)) in self.records:
             folder = self._shown(step)
             launch = [*shlex.split(self.experiment.launch), "-m"] if self.experiment.launch else []
             parts.append([*launch, "bamoe", "train", f"{folder}/{TRAINING_FILE}", "--force"])
             model = f"{folder}/model"
-        evaluation = self.step("evaluate", row, seed)
+        evaluation = row.step("evaluate", seed)
         corpora = self.records[evaluation]["arguments"]["corpora"]
         flags = [flag for corpus in corpora for flag in ("--data", f"{corpus['name']}={relative(corpus['path'])}")]
         fields = {corpus.get("text_field", "text") for corpus in corpora}
@@ -173,7 +161,7 @@ class _Found:
         return [self._difference(row, other) for row, other in found if self._common_seeds(row, other)]
 
     def _common_seeds(self, row: Row, other: Row) -> list[int]:
-        return [seed for seed in self.seeds(row) if seed in self.seeds(other)]
+        return [seed for seed in row.seeds(self.experiment) if seed in other.seeds(self.experiment)]
 
     def _difference(self, row: Row, other: Row) -> DifferenceRecord:
         # Only seeds that both have: a pair shares its dense models, its text and the order of it.
@@ -195,7 +183,7 @@ class _Found:
     def _blocks(self, row: Row, seeds: list[int]) -> dict[str, dict[str, Any]]:
         """Scores of every block, the mean over the seeds."""
         runs = [
-            json.loads((self.out / self.step("evaluate", row, seed) / BLOCKS_FILE).read_text(encoding="utf-8"))
+            json.loads((self.out / row.step("evaluate", seed) / BLOCKS_FILE).read_text(encoding="utf-8"))
             for seed in seeds
         ]
         nats = {domain: np.mean([run["nats"][domain] for run in runs], axis=0) for domain in runs[0]["nats"]}
@@ -227,7 +215,7 @@ class _Found:
         for row in self.rows.values():
             if row.budget_flops and abs(miss := self.row(row).own_flops / row.budget_flops - 1) > PARAMETERS_MATCHED:
                 notes.append(f"{row.name}: in whole steps its FLOPs are {miss:+.1%} from its budget, so not matched.")
-            trained = [self.result("train", row, seed) for seed in self.seeds(row)]
+            trained = [self.result("train", row, seed) for seed in row.seeds(self.experiment)]
             if count := sum(run.get("collapses", 0) for run in trained):
                 collapses.append(f"{row.name} in {count} of {sum(len(run.get('loss', ())) for run in trained)}")
         if collapses:

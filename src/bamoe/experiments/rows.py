@@ -45,6 +45,17 @@ class Row:
     entry: VariantEntry | None = None
     budget_flops: float | None = None
 
+    def seeds(self, experiment: Experiment) -> list[int]:
+        """The random seeds that it is trained with."""
+        chosen = None if self.entry is None else self.entry.seeds
+        return [seed for seed in experiment.seeds if chosen is None or seed in chosen]
+
+    def step(self, kind: str, seed: int) -> str:
+        """The name of one of its steps: "mix", "time", "train" or "evaluate"."""
+        if kind == "train" and self.entry is None:
+            return f"run-{seed}/{SEED}" if self.key == SEED else f"run-{seed}/branch/{self.key}"
+        return f"run-{seed}/{kind}/{self.key}"
+
     @property
     def flops_per_token(self) -> float:
         """Of training: forward and backward."""

@@ -25,12 +25,12 @@ from bamoe.locks import locked
 from bamoe.reports.record import ExperimentRecord
 from bamoe.schema import parse
 from bamoe.training.config import TrainConfig
+from bamoe.training.run_folder import FREE_TO_CHANGE
 
 EXPERIMENT_FILE, RESULTS_FILE, REPORT = "experiment.yaml", "results.json", "report"
 REPORT_FILES = ("report.html", "report.md")
 _MARKER, _LOCK, _HASHES = ".bamoe-experiment", ".lock", ".hashes.json"
-# Settings of a training that do not change what is learnt.
-_MEANS = ("log_every_steps", "save_every_tokens", "keep_checkpoints", "keep_optimizer", "report_to", "parallel")
+_MEANS = FREE_TO_CHANGE - {"output"}  # of a training: what does not change what is learnt
 _PHASES = 3
 _TIMED_STEPS = 10
 _CHECKPOINTS = 4
@@ -185,35 +185,30 @@ class _Run:
     ) -> None:
         self.experiment, self.out, self.seed = experiment, out, seed
         self.name = f"run-{seed}"
-        chosen = {row.key: row.entry.seeds if row.entry is not None else None for row in rows}
-        self.rows = [row for row in rows if chosen[row.key] is None or seed in (chosen[row.key] or ())]
+        self.rows = [row for row in rows if seed in row.seeds(experiment)]
         self.by_key = {row.key: row for row in rows}
         given = experiment.seed.model
         self.given = None if given is None or hashes is None else {given: hashes.of_checkpoint(given)}
 
-    def step_name(self, row: Row) -> str:
-        """Of a row's training."""
-        if row.key == SEED:
-            return f"{self.name}/seed"
-        return f"{self.name}/{'branch' if row.entry is None else 'train'}/{row.key}"
-
     def trained(self, row: Row) -> list[str]:
         """The step after which a row's model is there."""
-        return ["text"] if row.key == SEED and self.experiment.seed.model is not None else [self.step_name(row)]
+        return (
+            ["text"] if row.key == SEED and self.experiment.seed.model is not None else [row.step("train", self.seed)]
+        )
 
     def model(self, key: str) -> str:
         """The directory of a row's trained model."""
         if key == SEED and self.experiment.seed.model is not None:
             given = Path(self.experiment.seed.model).expanduser()
             return str(given.absolute()) if given.is_dir() else self.experiment.seed.model
-        return str(self.out / self.step_name(self.by_key[key]) / "model")
+        return str(self.out / self.by_key[key].step("train", self.seed) / "model")
 
     def start(self, row: Row) -> tuple[str, list[str]]:
         """The model that a row's training starts from, and the steps that make it."""
         if row.key == SEED:
             return str(self.out / self.name / "untrained" / "model"), [f"{self.name}/untrained"]
         if row.recipe is not None:
-            step = f"{self.name}/mix/{row.key}"
+            step = row.step("mix", self.seed)
             return str(self.out / step / "model"), [step]
         return self.model(SEED), self.trained(self.by_key[SEED])
 
@@ -250,7 +245,7 @@ class _Run:
         return Step(f"{self.name}/untrained", phases.make_untrained, arguments, needs=["text"], makes=makes)
 
     def _mix(self, row: Row) -> Step:
-        name = f"{self.name}/mix/{row.key}"
+        name = row.step("mix", self.seed)
         models = {key: self.model(key) for key in (SEED, *row.inherited)}
         arguments = {
             "folder": str(self.out / name),
@@ -264,24 +259,24 @@ class _Run:
         configs, needs = [], []
         for each in (row, self.by_key[str(row.entry.budget_of if row.entry else None)]):
             start, before = self.start(each)
-            config = self._config(each, start, self.out / self.step_name(each) / "model")
+            config = self._config(each, start, self.out / each.step("train", self.seed) / "model")
             configs.append({key: value for key, value in config.items() if key not in _MEANS})
             needs += before
         arguments = {"config": configs[0], "other": configs[1], "steps": _TIMED_STEPS}
         needs = list(dict.fromkeys(needs))
-        return Step(f"{self.name}/time/{row.key}", phases.time_step, arguments, needs=needs, inputs=self.given)
+        return Step(row.step("time", self.seed), phases.time_step, arguments, needs=needs, inputs=self.given)
 
     def _train(self, row: Row) -> Step:
-        name = self.step_name(row)
+        name = row.step("train", self.seed)
         folder = self.out / name
         start, needs = self.start(row)
         config = self._config(row, start, folder / "model")
-        means: dict[str, Any] = {"settings": {key: config.pop(key) for key in _MEANS if key in config}}
+        means: dict[str, Any] = {"settings": {key: config.pop(key) for key in sorted(_MEANS) if key in config}}
         if self.experiment.launch is not None:
             means["launch"] = self.experiment.launch
         arguments: dict[str, Any] = {"folder": str(folder), "config": config}
         if row.budget == "device time":
-            timing = f"{self.name}/time/{row.key}"
+            timing = row.step("time", self.seed)
             arguments["timed"] = str(self.out / timing / "step.json")
             needs = [*needs, timing]
         inputs = self.given if row.recipe is None and row.key != SEED else None
@@ -337,7 +332,7 @@ class _Run:
         return self._planned_tokens(self.by_key[str(row.entry.budget_of)])
 
     def _evaluate(self, row: Row) -> Step:
-        name = f"{self.name}/evaluate/{row.key}"
+        name = row.step("evaluate", self.seed)
         training = merged(self.experiment.training, row.training or {})
         arguments = {
             "folder": str(self.out / name),

@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from bamoe.data.builtin import DOMAINS as BUILTIN_DOMAINS
-from bamoe.errors import ConfigError
-from bamoe.experiments.variants import VARIANT_NAMES, variant
+from bamoe.experiments.variants import variant
 from bamoe.schema import StrictModel, load, parse
 from bamoe.training.config import TrainConfig
 
@@ -330,6 +329,3 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
         old = result.get(key)
         result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return result
-
-
-__all__ = ["VARIANT_NAMES", "ConfigError", "Experiment", "VariantEntry", "merged"]

@@ -24,7 +24,7 @@ from bamoe.locks import locked
 TRAINING_CONFIG = "training_config.json"
 TRAINING_LOG = "training_log.jsonl"
 # Settings that do not change the trained weights, or only say where they go.
-_FREE_TO_CHANGE = {
+FREE_TO_CHANGE = {
     *("output", "log_every_steps", "save_every_tokens", "keep_checkpoints", "keep_optimizer", "report_to", "parallel"),
 }
 # Settings that name files: another name may be the same file in a folder that was moved.
@@ -65,7 +65,7 @@ class RunFolder:
     def is_finished(self, config: dict[str, Any] | None = None) -> bool:
         """Whether a run is complete here: any, or the one that learns what `config` says."""
         finished = _read_json(self.output / TRAINING_CONFIG)
-        return finished is not None and (config is None or not _different(finished, config, _FREE_TO_CHANGE))
+        return finished is not None and (config is None or not _different(finished, config, FREE_TO_CHANGE))
 
     def move(self, config: dict[str, Any]) -> bool:
         """Let `config` go on with an unfinished run of its settings, whatever the paths; false if there is no such run.
@@ -73,7 +73,7 @@ class RunFolder:
         For a caller that knows that it is the same run in a folder that was moved.
         """
         started = _read_json(self.checkpoints / TRAINING_CONFIG)
-        if started is None or _different(started, config, _FREE_TO_CHANGE | _PATHS):
+        if started is None or _different(started, config, FREE_TO_CHANGE | _PATHS):
             return False
         _write_json(self.checkpoints / TRAINING_CONFIG, config)
         return True
@@ -110,7 +110,7 @@ class RunFolder:
                 f"output {self.output} already holds a finished run; choose another output, or --force to train again"
             )
         assert started is not None
-        if different := _different(started, config, _FREE_TO_CHANGE):
+        if different := _different(started, config, FREE_TO_CHANGE):
             raise ConfigError(
                 f"output {self.output} holds an unfinished run with other settings; choose another output, or "
                 "--force to start again\n  " + "\n  ".join(different)
