@@ -63,9 +63,9 @@ def causal_inputs(length: int = 10):
     "routing",
     [
         {},
-        {"attention_routing": "top_k", "num_attention_experts_per_tok": 2},
-        {"attention_routing": "top_k", "num_attention_experts_per_tok": 2, "attention_norm_topk_prob": True},
-        {"attention_routing": "top_k", "num_attention_experts_per_tok": 1},
+        {"attention_routing": "top_k", "num_attention_experts_per_tok": 2, "attention_gate_norm": "none"},
+        {"attention_routing": "top_k", "num_attention_experts_per_tok": 2, "attention_gate_norm": "topk_softmax"},
+        {"attention_routing": "top_k", "num_attention_experts_per_tok": 1, "attention_gate_norm": "none"},
     ],
     ids=["soft", "top2", "top2-normalised", "top1"],
 )
@@ -83,7 +83,7 @@ def test_equals_separate_experts_mixed_by_the_gates(key_value, routing):
     if top_k:
         kept = gates >= gates.sort(descending=True).values[..., top_k - 1 : top_k]
         gates = gates * kept
-        if routing.get("attention_norm_topk_prob"):
+        if routing["attention_gate_norm"] == "topk_softmax":
             gates = gates / gates.sum(-1, keepdim=True)
     mixed = sum(gates[..., e, None] * experts[e](hidden_states, rope, mask)[0] for e in range(EXPERTS))
     assert torch.allclose(output, mixed, rtol=1e-5, atol=1e-6)

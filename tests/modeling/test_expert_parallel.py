@@ -101,12 +101,12 @@ def test_router_losses_are_over_the_ranks_that_hold_batches() -> None:
     try:
         model = tiny_model()
         model.config.distributed_config = None
-        assert torch.distributed.get_process_group_ranks(model._group()) == [0, 1, 2, 3]
+        assert torch.distributed.get_process_group_ranks(model.loss_group()) == [0, 1, 2, 3]
         model._tp_size = 2
         model._device_mesh = torch.distributed.init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("pp", "fsdp", "tp"))
-        assert torch.distributed.get_process_group_ranks(model._group()) == [0, 2]
+        assert torch.distributed.get_process_group_ranks(model.loss_group()) == [0, 2]
         model._tp_size = 4
         model._device_mesh = torch.distributed.init_device_mesh("cpu", (1, 1, 4), mesh_dim_names=("pp", "fsdp", "tp"))
-        assert model._group() is None
+        assert model.loss_group() is None
     finally:
         torch.distributed.destroy_process_group()

@@ -8,7 +8,7 @@ import torch
 import torch.multiprocessing as mp
 
 from bamoe.modeling import BamoeForCausalLM
-from bamoe.modeling.routing import router_losses
+from bamoe.modeling.losses import router_losses
 from tests.modeling.conftest import random_tokens, tiny_config, tiny_model
 
 
@@ -217,7 +217,7 @@ def test_both_kinds_of_blind_routers_are_seen():
     blind = TOP_1_RENORMALISED | {
         "attention_routing": "top_k",
         "num_attention_experts_per_tok": 1,
-        "attention_norm_topk_prob": True,
+        "attention_gate_norm": "topk_softmax",
     }
     with pytest.warns(UserWarning, match=r"mlp\.gate and self_attn\.gate"):
         model = tiny_model(**blind).train()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # What a mixture's output calls its router logits, and what its config calls how they are used.
 ROUTERS = {
     "feed_forward": ("router_logits", "num_experts_per_tok", "norm_topk_prob"),
-    "attention": ("attention_router_logits", "num_attention_experts_per_tok", "attention_norm_topk_prob"),
+    "attention": ("attention_router_logits", "num_attention_experts_per_tok", "attention_gate_norm"),
 }
 UNUSED = 0.1  # an expert with less than this part of its uniform share is not used
 DOMINANT = 0.8  # an expert with more than this share of all assignments leaves the others none to learn from
@@ -140,7 +140,9 @@ def router_statistics(config: PreTrainedConfig) -> dict[str, RouterStatistics]:
     if not is_mixture(config):
         return {}
     return {
-        kind: RouterStatistics(getattr(config, top_k, None), bool(getattr(config, normalize, False)))
+        kind: RouterStatistics(
+            getattr(config, top_k, None), getattr(config, normalize, None) in (True, "detached", "topk_softmax")
+        )
         for kind, (_, top_k, normalize) in ROUTERS.items()
     }
 

@@ -72,6 +72,6 @@ def _btx(k: str | None, seats: str | None) -> Variant:
 def _bam(keys: str, k: str | None) -> Variant:
     attention: dict[str, Any] = {"key_value": "shared" if keys == "sharing" else "experts", "routing": "soft"}
     if k is not None:
-        attention |= {"routing": "top_k", "num_experts_per_tok": int(k)}
+        attention |= {"routing": "top_k", "num_experts_per_tok": int(k), "gate_norm": "none"}
     name = f"BAM, KV {keys}" + (f", attention top-{k}" if k else "")
     return Variant(name, {"recipe": "bam", "attention": attention, "feed_forward": dict(_TOP_1)})

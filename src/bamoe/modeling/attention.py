@@ -74,8 +74,7 @@ class MixtureOfAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        sliding = config.layer_types[layer_idx] == "sliding_attention"
-        self.sliding_window = config.sliding_window if sliding else None
+        self.sliding_window = config.window_of(layer_idx)
 
         width, bias = config.hidden_size, config.attention_bias
         query_width = config.num_attention_heads * config.head_dim
@@ -98,7 +97,7 @@ class MixtureOfAttention(nn.Module):
                 width,
                 config.num_attention_experts,
                 config.num_attention_experts_per_tok,
-                normalize=config.attention_norm_topk_prob,
+                gate_norm=config.attention_gate_norm or "none",
             )
 
     def forward(
@@ -149,7 +148,8 @@ class MixtureOfAttention(nn.Module):
         if self.config.num_attention_experts == 1:
             return None, None if biases is None else biases[0], None
         routed = self.gate(hidden_states.flatten(0, -2))
-        gates = routed.weights.to(hidden_states.dtype).unflatten(0, hidden_states.shape[:-1])
+        weights = torch.zeros_like(routed.logits).scatter(-1, routed.indices, routed.weights)
+        gates = weights.to(hidden_states.dtype).unflatten(0, hidden_states.shape[:-1])
         return gates, None if biases is None else gates @ biases, routed.logits
 
     def _project(

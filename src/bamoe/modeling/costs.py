@@ -39,7 +39,7 @@ def count_parameters(config: BamoeConfig) -> ParameterCounts:
     query_output = _query_output_parameters(config)
     attention = config.num_attention_experts * query_output + _key_value_parameters(config) + _attention_gate(config)
     expert = _feed_forward_expert(config)
-    feed_forward = config.num_experts * (expert + width)
+    feed_forward = config.num_experts * expert + _feed_forward_gate(config)
     norms = (1 if config.use_parallel_block else 2) * width
     embeddings = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
     total = layers * (attention + feed_forward + norms) + width + embeddings
@@ -59,12 +59,12 @@ def flops_per_token(config: BamoeConfig, context_length: int) -> FlopsPerToken:
     width, layers = config.hidden_size, config.num_hidden_layers
     query_width = config.num_attention_heads * config.head_dim
     key_value_width = config.num_key_value_heads * config.head_dim
-    gate = config.num_attention_experts * width if config.num_attention_experts > 1 else 0
+    gate = _attention_gate(config)
     projections = 2 * (2 * width * query_width + 2 * width * key_value_width + gate)
     # Query-key products and the weighted sum of values: 2 FLOPs each per past token and channel, half of them masked.
     core = sum(2 * 2 * query_width * _mean_attended(config, kind, context_length) for kind in config.layer_types)
     selected = config.num_experts_per_tok or config.num_experts
-    feed_forward = 2 * (selected * 3 * width * config.intermediate_size + config.num_experts * width)
+    feed_forward = 2 * (selected * _feed_forward_expert(config) + _feed_forward_gate(config))
     return FlopsPerToken(
         attention=layers * projections + core,
         feed_forward=layers * feed_forward,
@@ -87,6 +87,11 @@ def _mean_attended(config: BamoeConfig, layer_type: str, context_length: int) ->
 
 def _feed_forward_expert(config: BamoeConfig) -> int:
     return 3 * config.hidden_size * config.intermediate_size
+
+
+def _feed_forward_gate(config: BamoeConfig) -> int:
+    experts = config.num_routed_experts
+    return experts * config.hidden_size if experts > 1 else 0
 
 
 def _attention_gate(config: BamoeConfig) -> int:

@@ -73,22 +73,26 @@ class FeedForwardExperts(nn.Module):
 
 
 class MixtureOfFeedForward(nn.Module):
-    """Router and experts. Soft routing is the same computation with every expert selected."""
+    """Router and experts; a plain feed-forward when there is one expert. Soft routing selects every expert."""
 
     def __init__(self, config: BamoeConfig):
         super().__init__()
-        self.gate = FeedForwardRouter(
-            config.hidden_size,
-            config.num_experts,
-            config.num_experts_per_tok,
-            normalize=config.norm_topk_prob,
-            scale=config.routed_scaling_factor,
-        )
+        if config.num_routed_experts > 1:
+            self.gate = FeedForwardRouter(
+                config.hidden_size,
+                config.num_routed_experts,
+                config.num_experts_per_tok,
+                gate_norm="topk_softmax" if config.norm_topk_prob else "none",
+                scale=config.routed_scaling_factor,
+            )
         self.experts = FeedForwardExperts(config)
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map hidden_states (B, T, D) to the mixture's output (B, T, D) and the router logits (B·T, E)."""
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Map hidden_states (B, T, D) to the output (B, T, D) and the router logits (B·T, E), None without a router."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if not hasattr(self, "gate"):
+            index = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
+            return self.experts(tokens, index, tokens.new_ones(len(tokens), 1)).view_as(hidden_states), None
         routed = self.gate(tokens)
         output = self.experts(tokens, routed.indices, routed.weights.to(tokens.dtype))
         return output.view_as(hidden_states), routed.logits

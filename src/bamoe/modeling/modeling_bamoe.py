@@ -24,12 +24,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import HeadNorm, MixtureOfAttention
-from .configuration_bamoe import BamoeConfig, task_blind_message
+from .configuration_attention import task_blind_message
+from .configuration_bamoe import BamoeConfig
 
 # transformers lets a model choose its experts backend only if its file has the text "@use_experts_implementation".
 from .feed_forward import FeedForwardExperts, MixtureOfFeedForward
+from .losses import RouterLosses, RouterLossMixin, router_losses, sum_router_losses
 from .parallel import check_expert_parallel
-from .routing import Router, RouterLosses, num_ranks, router_losses, sum_over_ranks
+from .routing import Router
 
 
 @dataclass
@@ -71,7 +73,7 @@ class BamoeDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self, hidden_states: torch.Tensor, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Map hidden_states (B, T, D) to the next ones and this layer's router logits (feed-forward, attention).
 
         The logits are returned, not recorded by hooks: under reentrant checkpointing a hook sees tensors without a
@@ -206,7 +208,8 @@ class BamoeModel(BamoePreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-            router_logits.append(logits)
+            if logits is not None:
+                router_logits.append(logits)
             if attention_logits is not None:
                 attention_router_logits.append(attention_logits)
         if output_router_logits is None:
@@ -214,7 +217,7 @@ class BamoeModel(BamoePreTrainedModel):
         return BamoeModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
-            router_logits=tuple(router_logits) if output_router_logits else None,
+            router_logits=tuple(router_logits) or None if output_router_logits else None,
             attention_router_logits=tuple(attention_router_logits) or None if output_router_logits else None,
         )
 
@@ -242,7 +245,7 @@ class BamoeModel(BamoePreTrainedModel):
         return {kind: make[kind](**arguments) for kind in sorted(set(self.config.layer_types))}
 
 
-class BamoeForCausalLM(BamoePreTrainedModel, GenerationMixin):
+class BamoeForCausalLM(RouterLossMixin, BamoePreTrainedModel, GenerationMixin):
     """`BamoeModel` with a language-model head; adds the router losses to the loss while training."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -254,7 +257,6 @@ class BamoeForCausalLM(BamoePreTrainedModel, GenerationMixin):
         self.model = BamoeModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.data_parallel_group: dist.ProcessGroup | None = None
         self.post_init()
 
     @can_return_tuple
@@ -283,7 +285,7 @@ class BamoeForCausalLM(BamoePreTrainedModel, GenerationMixin):
         """
         training = self.training and labels is not None and torch.is_grad_enabled()
         if training:
-            self._refuse_task_blind_router()
+            self.refuse_task_blind_router()
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         outputs = self.model(
@@ -302,14 +304,13 @@ class BamoeForCausalLM(BamoePreTrainedModel, GenerationMixin):
 
         loss, losses = None, None
         if training or output_router_logits:
-            losses = self._router_losses(outputs, attention_mask, self._group() if training else None)
+            losses = self._router_losses(outputs, attention_mask, self.loss_group() if training else None)
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
             if training and losses is not None:
-                weighted = (
-                    self.config.router_aux_loss_coef * losses.load_balance + self.config.router_z_loss_coef * losses.z
-                )
-                loss = loss + self._share_of_batch(labels, **kwargs) * weighted.to(loss.device)
+                shifted = kwargs.get("shift_labels")
+                targets = labels[:, 1:] if shifted is None else shifted
+                loss = self.add_router_losses(loss, losses, targets, kwargs.get("num_items_in_batch"))
         return BamoeCausalLMOutput(
             loss=loss,
             aux_loss=None if losses is None else losses.load_balance,
@@ -333,66 +334,9 @@ class BamoeForCausalLM(BamoePreTrainedModel, GenerationMixin):
             (outputs.router_logits, self.config.num_experts_per_tok),
             (outputs.attention_router_logits, self.config.num_attention_experts_per_tok),
         ]
-        losses = [
-            router_losses(logits, top_k, token_mask, group) for logits, top_k in routers if logits and top_k is not None
-        ]
-        if not losses:
-            return None
-        return RouterLosses(
-            load_balance=torch.stack([each.load_balance for each in losses]).sum(),
-            z=torch.stack([each.z for each in losses]).sum(),
+        return sum_router_losses(
+            [router_losses(logits, k, token_mask, group) for logits, k in routers if logits and k is not None]
         )
-
-    def _share_of_batch(
-        self,
-        labels: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        shift_labels: torch.Tensor | None = None,
-        **_: Any,
-    ) -> torch.Tensor | float:
-        """The weight of this step's router losses in a batch that is accumulated over several.
-
-        `num_items_in_batch` divides the summed cross-entropy by the label tokens of all accumulated steps and ranks;
-        the router losses, which are means, take part in the same proportion. `Trainer` then undoes the averaging over
-        ranks, hence the division by their number.
-        """
-        if num_items_in_batch is None:
-            return 1.0
-        targets = labels[:, 1:] if shift_labels is None else shift_labels
-        group = self._group()
-        label_tokens = sum_over_ranks((targets != -100).sum(), group)
-        return label_tokens / (num_items_in_batch * num_ranks(group))
-
-    def _group(self) -> dist.ProcessGroup | None:
-        """The data-parallel ranks: `data_parallel_group` if set, else all processes; None for a single process.
-
-        Tensor-parallel ranks see the same tokens, so of a tensor-parallel model it is the ranks along the mesh's
-        `fsdp` axis.
-        """
-        if self.data_parallel_group is not None:
-            return self.data_parallel_group
-        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-            return None
-        if (self._tp_size or 1) == 1:
-            return dist.group.WORLD
-        if getattr(self.config.distributed_config, "dp_replicate_size", 1) > 1:
-            raise ValueError(
-                "with dp_replicate_size and tp_size, set data_parallel_group to the ranks that hold batches"
-            )
-        mesh = self._device_mesh
-        both = "fsdp" in (mesh.mesh_dim_names or ()) and mesh["fsdp"].size() > 1
-        return mesh["fsdp"].get_group() if both else None
-
-    def _refuse_task_blind_router(self) -> None:
-        # By module, not by parameter: adapters train a router under names of their own.
-        training = {
-            router
-            for router in self.config.task_blind_routers
-            for name, parameter in self.named_parameters()
-            if f"{router}." in name and parameter.requires_grad
-        }
-        if training:
-            raise ValueError(task_blind_message(sorted(training)) + " To train the rest, freeze these routers.")
 
 
 BamoeConfig.register_for_auto_class()

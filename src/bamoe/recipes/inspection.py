@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +88,7 @@ def dense_costs(raw: Mapping[str, Any], context: int | None = None) -> Costs:
     Raises:
         CompatibilityError: an architecture that is not supported, or a config that no model can have.
     """
-    config = _dense_config(dict(raw))
-    costs = mixture_costs(config, context)
-    # A dense model is a mixture of one expert, less that expert's router.
-    router = config.num_hidden_layers * config.hidden_size
-    counts, flops = costs.parameters, costs.flops_per_token
-    return replace(
-        costs,
-        parameters=ParameterCounts(counts.total - router, counts.active - router),
-        flops_per_token=replace(flops, feed_forward=flops.feed_forward - 2 * router),
-    )
+    return mixture_costs(_dense_config(dict(raw)), context)
 
 
 def _dense_config(raw: dict[str, Any]) -> BamoeConfig:

@@ -38,7 +38,9 @@ class AttentionRecipe(StrictModel):
     )
     routing: Literal["soft", "top_k"] = "soft"
     num_experts_per_tok: Count | None = None
-    norm_topk_prob: bool = False
+    gate_norm: Literal["detached", "none", "topk_softmax"] | None = Field(
+        None, description="of the selected experts' gates, with top-k routing; default: detached"
+    )
 
 
 class FeedForwardRecipe(StrictModel):
@@ -135,6 +137,8 @@ class Recipe(StrictModel):
                 raise ValueError("attention.routing is top_k: give attention.num_experts_per_tok")
             if k > seats:
                 raise ValueError(f"attention.num_experts_per_tok is {k} but there are {seats} expert seats")
+        elif self.attention.gate_norm is not None:
+            raise ValueError("attention.routing is soft, whose gates sum to 1: leave gate_norm out")
         elif k not in (None, seats):
             raise ValueError(f"attention.routing is soft: all {seats} experts run, so leave num_experts_per_tok out")
 

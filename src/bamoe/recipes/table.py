@@ -83,7 +83,7 @@ def mixture_config(recipe: Recipe, dense: Mapping[str, Any]) -> BamoeConfig:
             "attention_key_value": recipe.attention.key_value,
             "attention_routing": recipe.attention.routing,
             "num_attention_experts_per_tok": recipe.attention.num_experts_per_tok,
-            "attention_norm_topk_prob": recipe.attention.norm_topk_prob,
+            "attention_gate_norm": recipe.attention.gate_norm,
         }
         if recipe.attention.key_value == "experts":
             fields["num_key_value_heads"] = seats * dense["num_key_value_heads"]
@@ -191,7 +191,8 @@ class _Planner:
                         yield self._tensor(role, layer, group)
             if self.config.num_attention_experts > 1:
                 yield self._router(f"model.layers.{layer}.self_attn.gate.weight", self.config.num_attention_experts)
-            yield self._router(f"model.layers.{layer}.mlp.gate.weight", self.config.num_experts)
+            if self.config.num_routed_experts > 1:
+                yield self._router(f"model.layers.{layer}.mlp.gate.weight", self.config.num_routed_experts)
             yield from self._feed_forward_experts(layer)
         yield self._tensor("final_norm", None, "rest")
         if "head" in self.shapes:

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from bamoe.errors import ConfigError
-from bamoe.modeling.configuration_bamoe import BamoeConfig, task_blind_message
+from bamoe.modeling.configuration_attention import task_blind_message
+from bamoe.modeling.configuration_bamoe import BamoeConfig
 from bamoe.training.config import TrainConfig
 
 Part: TypeAlias = Literal["routers", "experts", "shared"]
