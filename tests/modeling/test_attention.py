@@ -5,7 +5,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from bamoe.modeling.attention import MixtureOfAttention, expand_to_heads
+from bamoe.modeling.attention import MixtureOfAttention
+from bamoe.modeling.head_layout import expand_to_heads
 from tests.modeling.conftest import tiny_config
 
 EXPERTS, HEADS, KEY_VALUE_HEADS, HEAD_DIM = 3, 4, 2, 8

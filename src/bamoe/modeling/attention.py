@@ -1,13 +1,16 @@
-"""A mixture of attention experts: Σ_i g_i(u) · MHA_i(u) (BAM, section 3).
+"""A mixture of attention experts: Σ_i g_i(u) · MHA_i(u), all of them (BAM, section 3) or the top k (MoA, section 3).
 
-Shapes: B batch, T tokens, D model width, A attention experts, d head width; H query and J key/value heads per expert.
+Shapes: B batch, T tokens, S tokens attended to, D model width, A attention experts, K selected experts, d head width; H
+query and J key/value heads per expert.
 
 With every expert active the sum is one grouped-query attention with A times the heads, whose heads are scaled by their
 expert's gate before a single output projection. So the projections are ordinary `nn.Linear`s, there is one attention
-call, and quantisers, adapters and serving engines work on them unchanged. Heads are ordered so that "repeat each
-key/value head" gives every query head the right keys, with no copy:
-    KV experts:  query heads (expert, kv head, group), key/value heads (expert, kv head)
-    KV sharing:  query heads (kv head, expert, group), key/value heads (kv head)
+call, and quantisers, adapters and serving engines work on them unchanged. `head_layout` has the order of the heads.
+
+With top-k routing a token is projected by the selected experts' W_q and W_o only, in one grouped matrix product each.
+The obvious twin projects by all of them and leaves out the others' heads: it is what runs where the kernel cannot
+(`can_group`), where the projections are no plain `nn.Linear` (adapters, quantisation) or are spread over processes, and
+when `config._experts_implementation` is "eager".
 """
 
 from collections.abc import Callable
@@ -15,28 +18,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.cohere import modeling_cohere as interleaved_rope
 from transformers.models.llama import modeling_llama as half_split_rope
 
-from .configuration_bamoe import BamoeConfig
+from .configuration_attention import AttentionExpertsConfig
+from .grouped_linear import ExpertOrder, can_group, grouped_linear, order_by_expert
+from .head_layout import (
+    by_expert,
+    expand_to_heads,
+    expand_to_key_value_heads,
+    only_selected_attend,
+    only_some_run,
+    place_slots,
+    select_heads,
+    spread_heads,
+    take_slots,
+)
 from .parallel import LocalHeads
-from .routing import AttentionRouter
-
-
-def expand_to_heads(per_expert: torch.Tensor, config: BamoeConfig, dim: int) -> torch.Tensor:
-    """Repeat values per attention expert (A along `dim`) for every query head, in the order of the query heads."""
-    if config.attention_key_value == "experts":
-        return per_expert.repeat_interleave(config.num_dense_heads, dim)
-    key_value_heads = config.num_dense_key_value_heads
-    group = config.num_dense_heads // key_value_heads
-    return torch.cat([per_expert.repeat_interleave(group, dim)] * key_value_heads, dim)
-
-
-def expand_to_key_value_heads(per_expert: torch.Tensor, config: BamoeConfig, dim: int) -> torch.Tensor:
-    """Repeat values per expert with keys and values of its own, along `dim`, for every key/value head."""
-    return per_expert.repeat_interleave(config.num_key_value_heads // config.num_key_value_experts, dim)
+from .routing import AttentionRouter, RouterOutput
 
 
 class HeadNorm(nn.Module):
@@ -63,17 +64,24 @@ class HeadNorm(nn.Module):
 
 
 class MixtureOfAttention(nn.Module):
-    """Attention experts with a soft or top-k gate; plain attention when there is one expert."""
+    """Attention experts with a soft or top-k gate; plain attention when there is one expert.
 
-    def __init__(self, config: BamoeConfig, layer_idx: int):
+    Self-attention, or cross-attention, which routes by the token that asks (MoA, section 3.1).
+
+    Args:
+        is_causal: tokens attend to earlier ones only, where no mask says otherwise.
+    """
+
+    def __init__(self, config: AttentionExpertsConfig, layer_idx: int, is_causal: bool = True):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        experts = config.num_attention_experts_per_tok if only_selected_attend(config) else config.num_attention_experts
+        self.num_key_value_groups = (experts or 1) * config.num_dense_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
-        self.is_causal = True
+        self.is_causal = is_causal
         self.sliding_window = config.window_of(layer_idx)
 
         width, bias = config.hidden_size, config.attention_bias
@@ -103,21 +111,37 @@ class MixtureOfAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        key_value_states: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Attend over hidden_states (B, T, D).
+        """Attend from hidden_states (B, T, D) to themselves, or to key_value_states (B, S, D).
+
+        Args:
+            position_embeddings: cosines and sines of the rotation; None for none.
+            past_key_values: of cross-attention an `EncoderDecoderCache`, which keeps the keys and values of
+                key_value_states from the first call on.
 
         Returns:
-            output (B, T, D); attention weights (B, A·H, T, S), or None where the backend does not give them; router
+            output (B, T, D); attention weights (B, heads, T, S), or None where the backend does not give them; router
             logits (B·T, A), or None with one expert.
         """
-        gates, output_bias, router_logits = self._route(hidden_states)
-        query, key, value = self._project(hidden_states, position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        routed = self._route(hidden_states)
+        order = self._order(routed)
+        query = self._queries(hidden_states, routed, order)
+        query = query.transpose(1, 2)
+        cache, filled = self._cache(past_key_values, across=key_value_states is not None)
+        if filled:
+            key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+        else:
+            key, value = self._keys_and_values(hidden_states if key_value_states is None else key_value_states)
+            if position_embeddings is not None:
+                rope = interleaved_rope if self.config.rope_interleaved else half_split_rope
+                query, key = rope.apply_rotary_pos_emb(query, key, *position_embeddings)
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
 
         attention_interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, half_split_rope.eager_attention_forward
@@ -132,41 +156,85 @@ class MixtureOfAttention(nn.Module):
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
-        )  # (B, T, A·H, d)
-        if gates is not None:
-            heads = heads * self.local_heads(gates, -1, expand_to_heads)[..., None]
-        output = self.o_proj(heads.flatten(-2))
-        if output_bias is not None:
-            output = output + output_bias
-        return output, attention_weights, router_logits
+        )  # (B, T, heads, d)
+        output = self._output(heads, routed, order)
+        return output, attention_weights, None if routed is None else routed.logits.flatten(0, -2)
 
-    def _route(
-        self, hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Gates (B, T, A), the mixed output bias (B, T, D) or (D,), and the router logits (B·T, A)."""
-        biases = self.output_bias if self.config.attention_output_bias else None
+    def _route(self, hidden_states: torch.Tensor) -> RouterOutput | None:
+        """The experts of each token, (B, T, K), and their gates."""
         if self.config.num_attention_experts == 1:
-            return None, None if biases is None else biases[0], None
-        routed = self.gate(hidden_states.flatten(0, -2))
-        weights = torch.zeros_like(routed.logits).scatter(-1, routed.indices, routed.weights)
-        gates = weights.to(hidden_states.dtype).unflatten(0, hidden_states.shape[:-1])
-        return gates, None if biases is None else gates @ biases, routed.logits
+            return None
+        routed: RouterOutput = self.gate(hidden_states)
+        routed.weights = routed.weights.to(hidden_states.dtype)
+        return routed
 
-    def _project(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries (B, A·H, T, d), keys and values (B, cached heads, T, d), normalised and rotated."""
-        per_head = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(per_head)
-        key = self.k_proj(hidden_states).view(per_head)
-        value = self.v_proj(hidden_states).view(per_head)
-        if self.config.qk_norm == "head":
-            query = self.q_norm(query, self.local_heads(self.q_norm.weight, 0))
-            key = self.k_norm(key, self.local_heads(self.k_norm.weight, 0))
-        elif self.config.qk_norm == "expert":
-            query = self.q_norm(query, self.local_heads(self.q_norm.weight, 0, expand_to_heads))
-            key = self.k_norm(key, self.local_heads(self.k_norm.weight, 0, expand_to_key_value_heads))
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        rope = interleaved_rope if self.config.rope_interleaved else half_split_rope
-        query, key = rope.apply_rotary_pos_emb(query, key, *position_embeddings)
-        return query, key, value
+    def _order(self, routed: RouterOutput | None) -> ExpertOrder | None:
+        """The tokens sorted by selected expert, for the grouped products; None where they are not used."""
+        plain = type(self.q_proj) is nn.Linear and type(self.o_proj) is nn.Linear and self.local_heads.ranks == 1
+        eager = getattr(self.config, "_experts_implementation", None) == "eager"
+        if routed is None or not only_some_run(self.config) or eager or not plain:
+            return None
+        weights = by_expert(self.q_proj.weight, self.config), by_expert(self.o_proj.weight.T, self.config)
+        return order_by_expert(routed.indices.flatten(0, -2), len(weights[0])) if can_group(*weights) else None
+
+    def _queries(
+        self, hidden_states: torch.Tensor, routed: RouterOutput | None, order: ExpertOrder | None
+    ) -> torch.Tensor:
+        """Queries of the heads that attend (B, T, heads, d), normalised."""
+        config = self.config
+        if order is None:
+            query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+            if config.qk_norm is not None:
+                expand = expand_to_heads if config.qk_norm == "expert" else None
+                query = self.q_norm(query, self.local_heads(self.q_norm.weight, 0, expand))
+            return query if routed is None else select_heads(query, routed.indices, config)
+        assert routed is not None
+        top_k = routed.indices.shape[-1]
+        rows = hidden_states.flatten(0, -2)[order.slots // top_k]
+        weight = by_expert(self.q_proj.weight, config).transpose(1, 2)
+        bias = None if self.q_proj.bias is None else by_expert(self.q_proj.bias, config)
+        slots = order.unsorted(grouped_linear(rows, order, weight, bias))
+        slots = slots.view(*routed.indices.shape, -1, self.head_dim)  # (B, T, K, H, d)
+        if config.qk_norm is not None:
+            by_head = config.qk_norm == "head"
+            norms = by_expert(self.q_norm.weight, config) if by_head else self.q_norm.weight[:, None]
+            slots = self.q_norm(slots, norms[routed.indices])
+        return place_slots(slots, routed.indices, config)
+
+    def _cache(self, past_key_values: Cache | None, across: bool) -> tuple[Any, bool]:
+        """The cache of this layer, if there is one, and whether it holds all keys and values that there will be."""
+        if not isinstance(past_key_values, EncoderDecoderCache):
+            return (None if across else past_key_values), False
+        if not across:
+            return past_key_values.self_attention_cache, False
+        filled = past_key_values.is_updated.get(self.layer_idx, False)
+        past_key_values.is_updated[self.layer_idx] = True
+        return past_key_values.cross_attention_cache, filled
+
+    def _keys_and_values(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (B, cached heads, S, d) of source (B, S, D), normalised."""
+        key = self.k_proj(source).unflatten(-1, (-1, self.head_dim))
+        value = self.v_proj(source).unflatten(-1, (-1, self.head_dim))
+        if self.config.qk_norm is not None:
+            expand = expand_to_key_value_heads if self.config.qk_norm == "expert" else None
+            key = self.k_norm(key, self.local_heads(self.k_norm.weight, 0, expand))
+        return key.transpose(1, 2), value.transpose(1, 2)
+
+    def _output(self, heads: torch.Tensor, routed: RouterOutput | None, order: ExpertOrder | None) -> torch.Tensor:
+        """The experts' outputs, weighted by their gates: heads that attended (B, T, heads, d) to (B, T, D)."""
+        config = self.config
+        if routed is None:
+            output = self.o_proj(heads.flatten(-2))
+            return output + self.output_bias[0] if config.attention_output_bias else output
+        gates = torch.zeros_like(routed.logits, dtype=routed.weights.dtype)
+        gates = gates.scatter(-1, routed.indices, routed.weights)  # (B, T, A)
+        if order is None:
+            heads = spread_heads(heads, routed.indices, config)
+            heads = heads * self.local_heads(gates, -1, expand_to_heads)[..., None]
+            output = self.o_proj(heads.flatten(-2))
+        else:
+            slots = take_slots(heads, routed.indices, config) * routed.weights[..., None, None]
+            rows = slots.flatten(-2).flatten(0, -2)[order.slots]
+            sums = order.unsorted(grouped_linear(rows, order, by_expert(self.o_proj.weight.T, config)))
+            output = sums.view(*routed.indices.shape, -1).sum(dim=2)
+        return output + gates @ self.output_bias if config.attention_output_bias else output

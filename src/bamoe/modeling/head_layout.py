@@ -1,0 +1,96 @@
+"""In which order the heads of attention experts stand, and how to get from one order to another.
+
+Shapes: A attention experts, K of them selected, H query and J key/value heads of one expert, G = H / J, d head width.
+
+Grouped-query attention repeats each key/value head for a run of neighbouring query heads, so the query heads stand
+    KV experts:  (expert, kv head, group)    over the keys and values (expert, kv head)
+    KV sharing:  (kv head, expert, group)    over the keys and values (kv head)
+and every query head meets the right keys with no copy. With top-k routing and shared keys, only the K selected experts'
+heads attend, (kv head, slot, group): slot-major order, (slot, kv head, group), would be a silent error for J > 1. With
+keys of their own, experts differ from token to token in which keys they need; there all A experts' heads attend, and
+those of experts that were not selected do not count.
+"""
+
+import torch
+
+from .configuration_attention import AttentionExpertsConfig
+
+
+def expand_to_heads(per_expert: torch.Tensor, config: AttentionExpertsConfig, dim: int) -> torch.Tensor:
+    """Repeat values per attention expert (A along `dim`) for every query head, in the order of the query heads."""
+    if config.attention_key_value == "experts":
+        return per_expert.repeat_interleave(config.num_dense_heads, dim)
+    group = config.num_dense_heads // config.num_dense_key_value_heads
+    return torch.cat([per_expert.repeat_interleave(group, dim)] * config.num_dense_key_value_heads, dim)
+
+
+def expand_to_key_value_heads(per_expert: torch.Tensor, config: AttentionExpertsConfig, dim: int) -> torch.Tensor:
+    """Repeat values per expert with keys and values of its own, along `dim`, for every key/value head."""
+    return per_expert.repeat_interleave(config.num_key_value_heads // config.num_key_value_experts, dim)
+
+
+def by_expert(rows: torch.Tensor, config: AttentionExpertsConfig) -> torch.Tensor:
+    """Rows that belong to query heads (A·n, ...) as (A, n, ...), each expert's in the order (kv head, group).
+
+    A view, unless experts share several key/value heads.
+    """
+    experts = config.num_attention_experts
+    if config.attention_key_value == "experts":
+        return rows.unflatten(0, (experts, -1))
+    return rows.unflatten(0, (config.num_dense_key_value_heads, experts, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def only_some_run(config: AttentionExpertsConfig) -> bool:
+    """Whether a token selects fewer attention experts than there are."""
+    return (config.num_attention_experts_per_tok or config.num_attention_experts) < config.num_attention_experts
+
+
+def only_selected_attend(config: AttentionExpertsConfig) -> bool:
+    """Whether the attention itself is of the selected experts' heads only: top-k over shared keys and values."""
+    return only_some_run(config) and config.attention_key_value == "shared"
+
+
+def select_heads(heads: torch.Tensor, indices: torch.Tensor, config: AttentionExpertsConfig) -> torch.Tensor:
+    """From all experts' heads (B, T, A·H, d), those that attend when experts `indices` (B, T, K) are selected."""
+    if not only_selected_attend(config):
+        return heads
+    grouped = _grouped(heads, config.num_attention_experts, config)
+    return grouped.gather(3, _over_heads(indices, grouped)).flatten(2, 4)
+
+
+def spread_heads(heads: torch.Tensor, indices: torch.Tensor, config: AttentionExpertsConfig) -> torch.Tensor:
+    """The inverse of `select_heads`, to (B, T, A·H, d) with zeros for experts that were not selected."""
+    if not only_selected_attend(config):
+        return heads
+    grouped = _grouped(heads, indices.shape[-1], config)
+    shape = (*grouped.shape[:3], config.num_attention_experts, *grouped.shape[4:])
+    return grouped.new_zeros(shape).scatter(3, _over_heads(indices, grouped), grouped).flatten(2, 4)
+
+
+def place_slots(slots: torch.Tensor, indices: torch.Tensor, config: AttentionExpertsConfig) -> torch.Tensor:
+    """From the heads of the selected experts (B, T, K, H, d) to the heads that attend, in their order."""
+    if only_selected_attend(config):
+        per_head = slots.unflatten(3, (config.num_dense_key_value_heads, -1))
+        return per_head.transpose(2, 3).flatten(2, 4)
+    wide = slots.new_zeros(*slots.shape[:2], config.num_attention_experts, *slots.shape[3:])
+    return wide.scatter(2, indices[..., None, None].expand_as(slots), slots).flatten(2, 3)
+
+
+def take_slots(heads: torch.Tensor, indices: torch.Tensor, config: AttentionExpertsConfig) -> torch.Tensor:
+    """The inverse of `place_slots`: from the heads that attended to (B, T, K, H, d)."""
+    if only_selected_attend(config):
+        return _grouped(heads, indices.shape[-1], config).transpose(2, 3).flatten(3, 4)
+    wide = heads.unflatten(2, (config.num_attention_experts, -1))
+    return wide.gather(2, indices[..., None, None].expand(*indices.shape, *wide.shape[3:]))
+
+
+def _grouped(heads: torch.Tensor, experts: int, config: AttentionExpertsConfig) -> torch.Tensor:
+    """Heads (B, T, J·experts·G, d) as (B, T, J, experts, G, d), whatever share of the J this process has."""
+    group = config.num_dense_heads // config.num_dense_key_value_heads
+    return heads.unflatten(2, (-1, experts, group))
+
+
+def _over_heads(indices: torch.Tensor, grouped: torch.Tensor) -> torch.Tensor:
+    """Indices (B, T, K) of experts for `grouped` heads (B, T, J, ·, G, d)."""
+    batch, tokens, key_value_heads, _, group, width = grouped.shape
+    return indices[:, :, None, :, None, None].expand(batch, tokens, key_value_heads, -1, group, width)
