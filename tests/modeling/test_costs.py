@@ -5,7 +5,14 @@ import itertools
 import pytest
 import torch
 
-from bamoe.modeling import BamoeConfig, BamoeForCausalLM
+from bamoe.modeling import (
+    BamoeConfig,
+    BamoeEncoderConfig,
+    BamoeEncoderDecoderConfig,
+    BamoeForCausalLM,
+    BamoeForConditionalGeneration,
+    BamoeForMaskedLM,
+)
 from bamoe.modeling.costs import count_parameters, flops_per_token, kv_cache_bytes_per_token
 from tests.modeling.conftest import random_tokens, tiny_config
 
@@ -123,3 +130,94 @@ def test_cache_bytes_are_those_of_a_real_cache():
         cache = BamoeForCausalLM(config).eval()(random_tokens(1, 10), use_cache=True).past_key_values
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         assert held == 10 * kv_cache_bytes_per_token(config, bytes_per_value=4)
+
+
+def moa(experts: int, top_k: int, head_dim: int, **changes) -> dict:
+    """A MoA model of the paper: KEeD is `head_dim` e of `experts` E heads, K selected; one key and value head."""
+    return {
+        "num_attention_experts": experts,
+        "num_attention_heads": experts,
+        "num_attention_experts_per_tok": top_k,
+        "num_key_value_heads": 1,
+        "head_dim": head_dim,
+    } | changes
+
+
+DENSE = {"num_attention_experts": 1, "num_attention_heads": 8, "attention_routing": "soft", "num_key_value_heads": 8}
+
+
+@pytest.mark.parametrize(
+    ("model", "millions"),
+    [
+        (moa(8, 8, 128), 52.45),
+        (moa(8, 8, 256), 61.89),
+        (moa(16, 8, 256), 78.75),
+        (moa(32, 8, 256), 112.47),
+        (moa(64, 8, 256), 179.91),
+    ],
+    ids=["8K8E128D", "8K8E256D", "8K16E256D", "8K32E256D", "8K64E256D"],
+)
+def test_masked_models_of_the_moa_paper_differ_from_the_dense_one(model, millions):
+    dense = count_parameters(BamoeEncoderConfig(**DENSE)).total
+    assert (count_parameters(BamoeEncoderConfig(**model)).total - dense) / 1e6 == pytest.approx(
+        millions - 51.34, abs=0.02
+    )
+
+
+def test_multiply_accumulates_of_the_moa_paper():
+    """604M, 628M and 1,220M (arXiv 2210.05144, table 1) are ten tokens a side without the attention core."""
+
+    def macs(config: BamoeEncoderDecoderConfig) -> float:
+        return 10 * flops_per_token(config, context_length=0).total / 2e6
+
+    assert macs(BamoeEncoderDecoderConfig(**DENSE)) == pytest.approx(604, abs=1)
+    assert macs(BamoeEncoderDecoderConfig(**moa(8, 8, 128))) == pytest.approx(628, abs=1)
+    assert macs(BamoeEncoderDecoderConfig(**moa(32, 16, 256))) == pytest.approx(1220, abs=1)
+
+
+@pytest.mark.parametrize(
+    "model", [DENSE, moa(8, 4, 16), moa(4, 2, 16, attention_routing="soft")], ids=["dense", "top-4", "soft"]
+)
+@pytest.mark.parametrize("changes", [{}, {"norm_first": True, "tie_word_embeddings": False, "attention_bias": False}])
+@pytest.mark.parametrize("architecture", ["masked", "encoder-decoder"])
+def test_closed_form_counts_every_parameter_of_the_transformers(architecture, changes, model):
+    config_class, model_class = {
+        "masked": (BamoeEncoderConfig, BamoeForMaskedLM),
+        "encoder-decoder": (BamoeEncoderDecoderConfig, BamoeForConditionalGeneration),
+    }[architecture]
+    sizes = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    if model.get("attention_routing") == "soft":
+        model = model | {"num_attention_experts_per_tok": None}
+    config = config_class(**sizes, **model, **changes)
+    with torch.device("meta"):
+        built = sum(parameter.numel() for parameter in model_class(config).parameters())
+    assert count_parameters(config).total == built
+
+
+@pytest.mark.parametrize("key_value", ["experts", "shared"])
+def test_flops_of_sparse_attention_agree_with_the_products_that_run(key_value, monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = tiny_config(
+        key_value, 6, attention_routing="top_k", num_attention_experts_per_tok=2, attn_implementation="eager",
+        experts_implementation="grouped_mm", num_experts=1, num_experts_per_tok=1,
+    )  # fmt: skip
+    length, grouped = 24, 0
+    kernel = torch.nn.functional.grouped_mm
+
+    def counted(rows, weight, offs):
+        nonlocal grouped
+        grouped += 2 * int(offs[-1]) * weight.shape[1] * weight.shape[2]
+        with torch.utils.flop_counter.FlopCounterMode(display=False):
+            return kernel(rows, weight, offs=offs)
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", counted)
+    model = BamoeForCausalLM(config).eval()
+    with FlopCounterMode(display=False) as counter:
+        model(random_tokens(1, length))
+    kernels = {name for name in counter.get_flop_counts()["Global"] if "grouped" in str(name)}
+    flops = flops_per_token(config, length)
+    attending = config.num_attention_heads * 8 if key_value == "experts" else 2 * 4 * 8
+    whole_core = flops.total + 2 * 2 * attending * length  # the products of masked tokens run as well: 2 layers' halves
+    total = counter.get_total_flops() - sum(counter.get_flop_counts()["Global"][name] for name in kernels) + grouped
+    assert total / length == pytest.approx(whole_core, rel=2e-4)

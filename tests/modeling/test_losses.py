@@ -120,8 +120,18 @@ def _train_on_rank(rank: int, folder: str, backend_file: str, with_items: bool) 
     os._exit(0)
 
 
-def test_two_ranks_equal_one_process_on_the_same_global_batch(tmp_path):
-    model = tiny_model(router_aux_loss_coef=1.0, router_z_loss_coef=0.1).train()
+# Capacities are of the tokens of one process, so that with them two processes are not one.
+ZERO_COMPUTATION = {
+    "num_zero_experts": 1,
+    "num_copy_experts": 1,
+    "num_constant_experts": 1,
+    "expert_capacity_factor": 0,
+}
+
+
+@pytest.mark.parametrize("experts", [{}, ZERO_COMPUTATION], ids=["plain", "zero-computation"])
+def test_two_ranks_equal_one_process_on_the_same_global_batch(tmp_path, experts):
+    model = tiny_model(router_aux_loss_coef=1.0, router_z_loss_coef=0.1, **experts).train()
     model.save_pretrained(tmp_path)
     tokens = random_tokens(3, 12)
     mask = torch.ones_like(tokens)

@@ -1,9 +1,5 @@
-"""Top-k attention routing (Mixture of Attention Heads) against a loop over tokens and experts.
+"""Top-k attention routing (Mixture of Attention Heads) against a loop over tokens and experts."""
 
-The reference reads the layer's weights by the documented order of heads and uses nothing else of bamoe.
-"""
-
-import math
 from typing import Any
 
 import pytest
@@ -16,6 +12,7 @@ from bamoe.modeling import grouped_linear
 from bamoe.modeling.attention import MixtureOfAttention
 from bamoe.modeling.losses import router_losses
 from tests.modeling.conftest import random_tokens, tiny_config, tiny_model
+from tests.modeling.naive import assert_same, head_rows, key_rows, naive_attention
 
 WIDTH, HEAD_DIM = 32, 8
 
@@ -42,107 +39,6 @@ def sparse_layer(
     return layer
 
 
-def head_rows(layer: MixtureOfAttention, expert: int, head: int) -> slice:
-    """Where one query head of an expert stands among all query heads, as the documentation says."""
-    config = layer.config
-    group = config.num_dense_heads // config.num_dense_key_value_heads
-    j, g = divmod(head, group)
-    if config.attention_key_value == "experts":
-        place = (expert * config.num_dense_key_value_heads + j) * group + g
-    else:
-        place = (j * config.num_attention_experts + expert) * group + g
-    return slice(place * HEAD_DIM, (place + 1) * HEAD_DIM)
-
-
-def key_rows(layer: MixtureOfAttention, expert: int, head: int) -> slice:
-    config = layer.config
-    j = head // (config.num_dense_heads // config.num_dense_key_value_heads)
-    place = j if config.attention_key_value == "shared" else expert * config.num_dense_key_value_heads + j
-    return slice(place * HEAD_DIM, (place + 1) * HEAD_DIM)
-
-
-def gates_of(layer: MixtureOfAttention, token: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-    """The selected experts of one token (D,) and their gates."""
-    config = layer.config
-    probabilities = torch.softmax(layer.gate.weight @ token, -1)
-    chosen = probabilities.argsort(descending=True)[: config.num_attention_experts_per_tok].tolist()
-    total = sum(probabilities[i] for i in chosen)
-    divisor = {"none": 1.0, "detached": total.detach(), "topk_softmax": total}[config.attention_gate_norm]
-    return [(i, probabilities[i] / divisor) for i in chosen]
-
-
-def normed(vector: torch.Tensor, weight: torch.Tensor, layer: MixtureOfAttention) -> torch.Tensor:
-    if layer.config.qk_norm == "head":
-        vector = vector - vector.mean()
-    return weight * vector / (vector.square().mean() + layer.config.norm_eps).sqrt()
-
-
-def naive(
-    layer: MixtureOfAttention,
-    hidden: torch.Tensor,
-    source: torch.Tensor | None = None,
-    rope: tuple[torch.Tensor, torch.Tensor] | None = None,
-    causal: bool = True,
-) -> torch.Tensor:
-    """The layer's output, token by token, expert by expert, head by head."""
-    config, source = layer.config, hidden if source is None else source
-
-    def linear(module: torch.nn.Linear, rows: slice, vector: torch.Tensor) -> torch.Tensor:
-        output = module.weight[rows] @ vector
-        return output if module.bias is None else output + module.bias[rows]
-
-    def turned(vector: torch.Tensor, b: int, t: int) -> torch.Tensor:
-        if rope is None:
-            return vector
-        cos, sin = rope[0][b, t], rope[1][b, t]
-        half = HEAD_DIM // 2
-        return vector * cos + torch.cat([-vector[half:], vector[:half]]) * sin
-
-    def norm_of(norm: str, kind_index: int, head_rows_: slice) -> torch.Tensor:
-        weight = getattr(layer, norm).weight
-        return weight[kind_index] if config.qk_norm == "expert" else weight[head_rows_.start // HEAD_DIM]
-
-    outputs = []
-    for b in range(len(hidden)):
-        for t in range(hidden.shape[1]):
-            total = torch.zeros(config.hidden_size)
-            for expert, gate in gates_of(layer, hidden[b, t]):
-                mixed = torch.zeros(config.hidden_size)
-                if config.attention_output_bias:
-                    mixed = mixed + layer.output_bias[expert]
-                for head in range(config.num_dense_heads):
-                    rows, keys = head_rows(layer, expert, head), key_rows(layer, expert, head)
-                    query = linear(layer.q_proj, rows, hidden[b, t])
-                    if config.qk_norm:
-                        query = normed(query, norm_of("q_norm", expert, rows), layer)
-                    query = turned(query, b, t)
-                    seen = range(t + 1) if causal else range(source.shape[1])
-                    scores, values = [], []
-                    for s in seen:
-                        key = linear(layer.k_proj, keys, source[b, s])
-                        if config.qk_norm:
-                            own = 0 if config.attention_key_value == "shared" else expert
-                            key = normed(key, norm_of("k_norm", own, keys), layer)
-                        scores.append(query @ turned(key, b, s) / math.sqrt(HEAD_DIM))
-                        values.append(linear(layer.v_proj, keys, source[b, s]))
-                    attended = torch.softmax(torch.stack(scores), 0) @ torch.stack(values)
-                    mixed = mixed + layer.o_proj.weight[:, rows] @ attended
-                total = total + gate * mixed
-            outputs.append(total)
-    return torch.stack(outputs).view_as(hidden)
-
-
-def assert_same(ours: torch.Tensor, theirs: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
-    """Equal outputs, and equal gradients of everything in `inputs`."""
-    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-    direction = torch.randn_like(ours)
-    mine = torch.autograd.grad((ours * direction).sum(), list(inputs.values()), allow_unused=True)
-    reference = torch.autograd.grad((theirs * direction).sum(), list(inputs.values()), allow_unused=True)
-    for name, a, b in zip(inputs, mine, reference, strict=True):
-        a, b = (torch.zeros(()) if gradient is None else gradient for gradient in (a, b))
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4), name
-
-
 CASES: dict[str, dict[str, Any]] = {
     "moa": {"heads": 1, "kv_heads": 1},
     "heads-share-keys": {"heads": 4, "kv_heads": 1},
@@ -167,7 +63,7 @@ def test_equals_a_loop_over_tokens_and_experts(case, key_value, implementation):
     mask = torch.full((5, 5), -torch.inf).triu(1)[None, None]
     assert_same(
         layer(hidden, rope, mask)[0],
-        naive(layer, hidden, rope=rope),
+        naive_attention(layer, hidden, rope=rope),
         {"hidden": hidden, **dict(layer.named_parameters())},
     )
 
@@ -180,7 +76,7 @@ def test_without_rotation_in_both_directions_and_across(across, key_value):
     source = torch.randn(2, 7, WIDTH, requires_grad=True) if across else None
     ours = layer(hidden, key_value_states=source)[0]
     inputs = {"hidden": hidden, **({} if source is None else {"source": source}), **dict(layer.named_parameters())}
-    assert_same(ours, naive(layer, hidden, source, causal=False), inputs)
+    assert_same(ours, naive_attention(layer, hidden, source, causal=False), inputs)
 
 
 def test_experts_that_no_token_selects():
@@ -192,7 +88,7 @@ def test_experts_that_no_token_selects():
     hidden = (direction + 0.01 * torch.randn(2, 5, WIDTH)).requires_grad_()
     output, _, logits = layer(hidden)
     assert set(logits.topk(2).indices.flatten().tolist()) == {0, 1}
-    assert_same(output, naive(layer, hidden), {"hidden": hidden, **dict(layer.named_parameters())})
+    assert_same(output, naive_attention(layer, hidden), {"hidden": hidden, **dict(layer.named_parameters())})
 
 
 def test_the_kernel_runs_only_the_selected_rows(monkeypatch):
@@ -266,7 +162,7 @@ def test_head_order_with_several_heads(key_value):
                 keys = lone.k_proj.weight[key_rows(lone, expert, head)].clone()
                 lone.k_proj.weight.zero_()
                 lone.k_proj.weight[key_rows(lone, expert, head)] = keys
-            assert torch.allclose(lone(hidden)[0], naive(lone, hidden), atol=1e-5)
+            assert torch.allclose(lone(hidden)[0], naive_attention(lone, hidden), atol=1e-5)
 
 
 def sparse_model(key_value: str = "shared", experts: int = 4, top_k: int = 2, **changes: Any):
@@ -349,7 +245,7 @@ def test_adapters_on_the_projections_are_not_passed_by():
 def test_a_width_that_the_kernel_cannot_run():
     layer = sparse_layer(hidden_size=30)
     hidden = torch.randn(2, 5, 30)
-    assert torch.allclose(layer(hidden)[0], naive(layer, hidden), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(layer(hidden)[0], naive_attention(layer, hidden), rtol=1e-4, atol=1e-5)
 
 
 def test_compiled_whole():

@@ -22,14 +22,15 @@ def load_config(source: str | Path) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    from bamoe.modeling.configuration_bamoe import BamoeConfig
+    from bamoe.modeling import BamoeConfig, BamoeEncoderConfig, BamoeEncoderDecoderConfig
 
     path = resolve(str(source))
     try:
         values, _ = BamoeConfig.get_config_dict(path)
-        if values.get("model_type") == BamoeConfig.model_type:
-            # Our own class, so that the copy of the code which travels with the checkpoint is not run.
-            return BamoeConfig.from_pretrained(path)
+        for ours in (BamoeConfig, BamoeEncoderConfig, BamoeEncoderDecoderConfig):
+            if values.get("model_type") == ours.model_type:
+                # Our own class, so that the copy of the code which travels with the checkpoint is not run.
+                return ours.from_pretrained(path)
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a value of the wrong type raises whatever reading it happened to raise
         if path.is_dir() and not (path / CONFIG_FILE).is_file():
@@ -49,17 +50,23 @@ def load_model(
         distributed_config: how to spread it over processes, each of which then reads its part, to its own device.
 
     Raises:
-        CheckpointError: missing, truncated or pickled weights, weights that do not fill the model, or an
-            architecture, activation or rotary embedding that transformers and bamoe do not know.
+        CheckpointError: missing, truncated or pickled weights, weights that do not fill the model, a model that is no
+            causal language model, or an architecture, activation or rotary embedding that transformers and bamoe do
+            not know.
     """
     from transformers import AutoModelForCausalLM
 
-    from bamoe.modeling.configuration_bamoe import BamoeConfig
-    from bamoe.modeling.modeling_bamoe import BamoeForCausalLM
+    from bamoe.modeling import BamoeConfig, BamoeEncoderConfig, BamoeEncoderDecoderConfig, BamoeForCausalLM
 
     path = resolve(str(source))
     CheckpointReader(path).close()
     config = load_config(path)
+    if isinstance(config, BamoeEncoderConfig | BamoeEncoderDecoderConfig):
+        kind = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForMaskedLM"
+        raise CheckpointError(
+            f"{source} is a {config.model_type}, which predicts no next tokens; a causal language model is needed "
+            f"(in Python, transformers' {kind} loads this one after `import bamoe.modeling`)"
+        )
     model_class: Any = BamoeForCausalLM if isinstance(config, BamoeConfig) else AutoModelForCausalLM
     try:
         model, info = model_class.from_pretrained(

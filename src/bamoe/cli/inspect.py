@@ -49,6 +49,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("parameters, active per token", f"{parameters['active']:,}"),
         ("context for the FLOPs", f"{found['context']:,} tokens"),
         *((f"FLOPs per token, {part.replace('_', '-')}", f"{flops[part]:,}") for part in flops),
+        ("multiply-accumulates per token", f"{found['macs_per_token']['total']:,}"),
         (f"KV cache per token ({found['dtype']})", f"{found['kv_cache_bytes_per_token']:,} bytes"),
         *_provenance_rows(found["provenance"]),
     ]
@@ -58,15 +59,21 @@ def _expert_rows(experts: dict[str, Any] | None) -> list[tuple[str, str]]:
     if experts is None:
         return [("experts", "none: a dense model")]
     attention, feed_forward = experts["attention"], experts["feed_forward"]
-    keys = f"keys and values: {attention['key_value']}"
-    routed = f"{attention['total']}, {attention['per_token']} per token ({attention['routing']}; {keys})"
-    return [
-        ("attention", "one, shared by all experts") if attention["total"] == 1 else ("attention experts", routed),
-        (
-            "feed-forward experts",
-            f"{feed_forward['total']}, {feed_forward['per_token']} per token ({feed_forward['routing']})",
-        ),
-    ]
+    routing = attention["routing"] + (f", gates: {norm}" if (norm := attention["gate_norm"]) else "")
+    each = f"{attention['heads']} heads of {attention['head_dim']} each; keys and values: {attention['key_value']}"
+    routed = f"{attention['total']}, {attention['per_token']} per token ({routing}; {each})"
+    rows = [("attention", "one, shared by all experts") if attention["total"] == 1 else ("attention experts", routed)]
+    if feed_forward is None:
+        return [*rows, ("feed-forward", "one for all tokens")]
+    routed = f"{feed_forward['total']}, {feed_forward['per_token']} per token ({feed_forward['routing']})"
+    rows.append(("feed-forward experts", routed))
+    if extra := feed_forward["zero_computation"]:
+        counts = ", ".join(f"{extra[kind]} {kind}" for kind in ("zero", "copy", "constant"))
+        rows.append(("zero-computation experts", f"{counts} (tau {extra['tau']})"))
+        rows.append(
+            ("feed-forward experts run", f"{extra['expected_experts_per_token']:.2f} per token, at equilibrium")
+        )
+    return rows
 
 
 def _provenance_rows(provenance: Any) -> list[tuple[str, str]]:

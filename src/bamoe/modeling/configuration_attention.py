@@ -23,7 +23,15 @@ _NAMES_ELSEWHERE = {
     "norm_topk": "norm_topk_prob",
     "use_qk_norm": "qk_norm",
     "d_model": "hidden_size",
+    "d_ff": "intermediate_size",
+    "encoder_ffn_dim": "intermediate_size",
+    "encoder_layers": "num_hidden_layers",
+    "decoder_layers": "num_decoder_layers",
     "encoder_attention_heads": "num_attention_heads",
+    "decoder_attention_heads": "num_attention_heads",
+    "activation_function": "hidden_act",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
 }
 
 

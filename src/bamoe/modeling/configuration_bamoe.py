@@ -34,8 +34,9 @@ class BamoeConfig(AttentionExpertsConfig):
         num_zero_experts, num_copy_experts, num_constant_experts: zero-computation experts, E(x) = 0, x, and
             a1·x + a2·v; the router chooses among all of them and the E others.
         zero_computation_tau: weight τ of a zero-computation expert in the load-balance loss, 1 for the others.
-        expert_capacity_factor: γ; an expert takes, while training, γ times its share of the assignments at the loss's
-            equilibrium, and what is more is dropped. 0 is no limit; None 1.1 with zero-computation experts, else 0.
+        expert_capacity_factor: γ; an expert takes, while training, γ times its share of a forward pass's assignments
+            at the loss's equilibrium (`expert_shares`), and what is more is dropped. 0 is no limit; None 1.1 with
+            zero-computation experts, else 0.
         gating_residuals: a router's logits get those of the layer before, through W_g (pathway-aware router); None:
             with zero-computation experts.
         feed_forward_router: "linear", or "tanh_mlp" (two layers, 8N wide: the released code).
@@ -115,6 +116,21 @@ class BamoeConfig(AttentionExpertsConfig):
         return self.num_experts + self.num_zero_computation_experts
 
     @property
+    def load_balance_weights(self) -> tuple[float, ...] | None:
+        """η of every routed expert in the load-balance loss: 1, and τ of a zero-computation one; None in a plain
+        mixture, whose loss has no weights."""
+        if not self.num_zero_computation_experts:
+            return None
+        return (1.0,) * self.num_experts + (self.zero_computation_tau,) * self.num_zero_computation_experts
+
+    @property
+    def expert_shares(self) -> tuple[float, ...]:
+        """Share of the assignments that every routed expert has where the load-balance loss is least: 1/η_i over their
+        sum, so that feed-forward : zero-computation = τ : 1."""
+        inverse = [1 / weight for weight in self.load_balance_weights or (1.0,) * self.num_experts]
+        return tuple(each / sum(inverse) for each in inverse)
+
+    @property
     def task_blind_routers(self) -> tuple[str, ...]:
         """Routers whose gates have no gradient from the task: always 1 (top-1, renormalised)."""
         feed_forward = self.norm_topk_prob and self.num_experts_per_tok == 1 < self.num_routed_experts
@@ -125,6 +141,7 @@ class BamoeConfig(AttentionExpertsConfig):
         return self.sliding_window if self.layer_types[layer_idx] == "sliding_attention" else None
 
     def _complete(self) -> None:
+        self._validate_constant_experts()
         super()._complete()
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
@@ -158,6 +175,15 @@ class BamoeConfig(AttentionExpertsConfig):
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types has sliding_attention but sliding_window is None")
 
+    def _validate_constant_experts(self) -> None:
+        # Before anything is derived from the width, so that the message can say who needs it.
+        width = self.hidden_size
+        if self.num_constant_experts and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
+            raise ValueError(
+                f"num_constant_experts = {self.num_constant_experts!r} needs a width for constants: hidden_size must "
+                f"be a positive integer, found {width!r}"
+            )
+
     def _validate_zero_computation(self) -> None:
         for name in ("num_zero_experts", "num_copy_experts", "num_constant_experts"):
             value = getattr(self, name)
@@ -175,6 +201,17 @@ class BamoeConfig(AttentionExpertsConfig):
                 raise ValueError(f"{name} must be a number, found {value!r}")
             if value <= lowest or value < 0:
                 raise ValueError(f"{name} must be {'at least' if lowest else 'more than'} 0, found {value!r}")
+        for name in ("gating_residuals", "drop_zero_gates"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, found {getattr(self, name)!r}")
+        if self.num_routed_experts == 1:
+            asked = {
+                "gating_residuals": self.gating_residuals,
+                "expert_capacity_factor": self.expert_capacity_factor,
+                "feed_forward_router": self.feed_forward_router == "tanh_mlp",
+            }
+            if needless := [f"{name} = {getattr(self, name)!r}" for name, given in asked.items() if given]:
+                raise ValueError(f"{' and '.join(needless)}: with num_experts = 1 there is no feed-forward router")
         if self.expert_capacity_factor and self.feed_forward_routing == "soft":
             raise ValueError("expert_capacity_factor limits selected experts; feed_forward_routing is soft")
         if self.drop_zero_gates and not (self.norm_topk_prob and self.num_zero_experts):

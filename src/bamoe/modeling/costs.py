@@ -1,19 +1,27 @@
 """What a mixture costs, from its config alone: parameters, FLOPs per token, bytes of KV cache per token.
 
-Convention, everywhere in bamoe: 2 FLOPs per multiply-accumulate, the causal attention core at half, routers counted;
-norms, activations, softmax and the embedding lookup not.
+Convention, everywhere in bamoe: 2 FLOPs per multiply-accumulate, the causal attention core at half (attention in both
+directions and across whole), routers counted; norms, biases, activations, softmax and the embedding lookup not.
+
+With zero-computation experts a token runs as many feed-forward experts as the router likes. FLOPs are those at the
+equilibrium of the load-balance loss (MoE++, section 3.3); `bamoe evaluate --routing` measures the number.
 """
 
 from dataclasses import dataclass
 
+from .configuration_attention import AttentionExpertsConfig
 from .configuration_bamoe import BamoeConfig
+from .configuration_bamoe_encoder import BamoeEncoderConfig
+from .configuration_bamoe_encoder_decoder import BamoeEncoderDecoderConfig
+from .configuration_transformer import TransformerMixtureConfig
+from .head_layout import only_selected_attend
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """total: all parameters, tied ones once. active: those one token uses: the selected feed-forward experts, and with
-    top-k attention the selected experts' query and output projections (every expert's keys and values are needed by
-    later tokens)."""
+    """total: all parameters, tied ones once. active: those one token uses: the selected feed-forward experts (at most,
+    where some compute nothing), and with top-k attention the selected experts' query and output projections (every
+    expert's keys and values are needed by later tokens)."""
 
     total: int
     active: int
@@ -21,7 +29,10 @@ class ParameterCounts:
 
 @dataclass(frozen=True)
 class FlopsPerToken:
-    """FLOPs of one token's forward pass, all layers; a training step is three times as much."""
+    """FLOPs of one token's forward pass, all layers; a training step is three times as much.
+
+    Of an encoder-decoder: of one source and one target token, with as many tokens on both sides.
+    """
 
     attention: float
     feed_forward: float
@@ -33,73 +44,138 @@ class FlopsPerToken:
         return self.attention + self.feed_forward + self.head
 
 
-def count_parameters(config: BamoeConfig) -> ParameterCounts:
-    """Parameters of `BamoeForCausalLM(config)`."""
-    layers, width = config.num_hidden_layers, config.hidden_size
+def count_parameters(config: AttentionExpertsConfig) -> ParameterCounts:
+    """Parameters of the language model of `config`: causal, masked, or encoder-decoder."""
     query_output = _query_output_parameters(config)
     attention = config.num_attention_experts * query_output + _key_value_parameters(config) + _attention_gate(config)
-    expert = _feed_forward_expert(config)
-    feed_forward = config.num_experts * expert + _feed_forward_gate(config)
-    norms = (1 if config.use_parallel_block else 2) * width
-    embeddings = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
-    total = layers * (attention + feed_forward + norms) + width + embeddings
-    idle_feed_forward = config.num_experts - (config.num_experts_per_tok or config.num_experts)
-    idle_attention = config.num_attention_experts - (
-        config.num_attention_experts_per_tok or config.num_attention_experts
-    )
-    return ParameterCounts(total, total - layers * (idle_feed_forward * expert + idle_attention * query_output))
+    idle = (config.num_attention_experts - _selected_attention_experts(config)) * query_output
+    modules = len(_attended(config, 1))
+    total, idle = modules * attention, modules * idle
+    if isinstance(config, BamoeConfig):
+        layers, width, expert = config.num_hidden_layers, config.hidden_size, _feed_forward_expert(config)
+        norms = (1 if config.use_parallel_block else 2) * width
+        total += layers * (config.num_experts * expert + norms) + _feed_forward_routers(config) + width
+        total += layers * config.num_constant_experts * 3 * width  # W_c and v
+        idle += layers * max(0, config.num_experts - (config.num_experts_per_tok or config.num_experts)) * expert
+    else:
+        assert isinstance(config, TransformerMixtureConfig)
+        total += _transformer_parameters(config, modules)
+    total += config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else _embeddings(config))
+    return ParameterCounts(total, total - idle)
 
 
-def flops_per_token(config: BamoeConfig, context_length: int) -> FlopsPerToken:
+def flops_per_token(config: AttentionExpertsConfig, context_length: int) -> FlopsPerToken:
     """Forward FLOPs per token of sequences of `context_length` tokens.
 
-    Top-k attention routing masks the gates, so all attention experts are computed and counted. A sliding window
-    shortens the context of its layers.
+    Top-k attention routing projects by the selected experts only; with keys and values of their own, all experts'
+    heads attend. A sliding window shortens the context of its layers.
     """
-    width, layers = config.hidden_size, config.num_hidden_layers
-    query_width = config.num_attention_heads * config.head_dim
+    width, attended = config.hidden_size, _attended(config, context_length)
+    selected_width = _selected_attention_experts(config) * config.num_dense_heads * config.head_dim
     key_value_width = config.num_key_value_heads * config.head_dim
-    gate = _attention_gate(config)
-    projections = 2 * (2 * width * query_width + 2 * width * key_value_width + gate)
-    # Query-key products and the weighted sum of values: 2 FLOPs each per past token and channel, half of them masked.
-    core = sum(2 * 2 * query_width * _mean_attended(config, kind, context_length) for kind in config.layer_types)
-    selected = config.num_experts_per_tok or config.num_experts
-    feed_forward = 2 * (selected * _feed_forward_expert(config) + _feed_forward_gate(config))
+    projections = 2 * (2 * width * selected_width + 2 * width * key_value_width + _attention_gate(config))
+    # Query-key products and the weighted sum of values: 2 FLOPs each per token attended to and channel.
+    attending = selected_width if only_selected_attend(config) else config.num_attention_heads * config.head_dim
+    core = sum(2 * 2 * attending * tokens for tokens in attended)
+    if isinstance(config, BamoeConfig):
+        layers = config.num_hidden_layers
+        per_layer = expected_experts_per_token(config) * _feed_forward_expert(config)
+        per_layer += config.num_constant_experts * 2 * width  # W_c
+        feed_forward = layers * per_layer + _feed_forward_routers(config)
+    else:
+        assert isinstance(config, TransformerMixtureConfig)
+        feed_forward = _transformer_layers(config) * 2 * width * config.intermediate_size
+    head = width * config.vocab_size + (width * width if isinstance(config, BamoeEncoderConfig) else 0)
     return FlopsPerToken(
-        attention=layers * projections + core,
-        feed_forward=layers * feed_forward,
-        head=2 * width * config.vocab_size,
+        attention=len(attended) * projections + core,
+        feed_forward=2 * feed_forward,
+        head=2 * head,
     )
 
 
-def kv_cache_bytes_per_token(config: BamoeConfig, bytes_per_value: int) -> int:
-    """Bytes that one more token adds to the KV cache, all layers (until a sliding window is full)."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bytes_per_value
+def expected_experts_per_token(config: BamoeConfig) -> float:
+    """Feed-forward experts that a token runs on average: k, or fewer at the equilibrium of MoE++'s load-balance loss,
+    where a feed-forward expert gets τ times what a zero-computation expert gets: k·τE / (τE + Z)."""
+    if config.num_experts_per_tok is None:
+        return config.num_experts
+    computing = config.zero_computation_tau * config.num_experts
+    if not config.num_zero_computation_experts:
+        return config.num_experts_per_tok
+    return config.num_experts_per_tok * computing / (computing + config.num_zero_computation_experts)
 
 
-def _mean_attended(config: BamoeConfig, layer_type: str, context_length: int) -> float:
+def kv_cache_bytes_per_token(config: AttentionExpertsConfig, bytes_per_value: int) -> int:
+    """Bytes that one more token adds to the KV cache, all layers (until a sliding window is full).
+
+    Of an encoder-decoder: one more target token; a source token holds as much, once. A masked model has no cache.
+    """
+    if isinstance(config, BamoeEncoderDecoderConfig):
+        layers = config.num_decoder_layers
+    else:
+        layers = config.num_hidden_layers if isinstance(config, BamoeConfig) else 0
+    return 2 * layers * config.num_key_value_heads * config.head_dim * bytes_per_value
+
+
+def _attended(config: AttentionExpertsConfig, context_length: int) -> list[float]:
+    """For each mixture of attention in the model, the tokens that a token attends to, averaged over the context."""
+    if isinstance(config, BamoeConfig):
+        return [_mean_attended(config.window_of(layer), context_length) for layer in range(config.num_hidden_layers)]
+    both_directions: list[float] = [context_length] * config.num_hidden_layers
+    if isinstance(config, BamoeEncoderDecoderConfig):
+        return both_directions + [context_length / 2, context_length] * config.num_decoder_layers
+    return both_directions
+
+
+def _mean_attended(window: int | None, context_length: int) -> float:
     """Past tokens that a token attends to, averaged over the context: half of it, or what a window W leaves."""
-    if layer_type == "full_attention" or config.sliding_window is None or config.sliding_window >= context_length:
+    if window is None or window >= context_length:
         return context_length / 2
-    window = config.sliding_window
     return window - window * window / (2 * context_length)
+
+
+def _selected_attention_experts(config: AttentionExpertsConfig) -> int:
+    return config.num_attention_experts_per_tok or config.num_attention_experts
 
 
 def _feed_forward_expert(config: BamoeConfig) -> int:
     return 3 * config.hidden_size * config.intermediate_size
 
 
-def _feed_forward_gate(config: BamoeConfig) -> int:
-    experts = config.num_routed_experts
-    return experts * config.hidden_size if experts > 1 else 0
+def _feed_forward_routers(config: BamoeConfig) -> int:
+    """Of all layers: from D to N experts, by a layer of 8N with "tanh_mlp", and N x N from one router to the next."""
+    experts, width, layers = config.num_routed_experts, config.hidden_size, config.num_hidden_layers
+    if experts == 1:
+        return 0
+    scores = experts * width if config.feed_forward_router == "linear" else 8 * experts * (width + experts)
+    return layers * scores + (layers - 1) * config.gating_residuals * experts * experts
 
 
-def _attention_gate(config: BamoeConfig) -> int:
+def _transformer_layers(config: TransformerMixtureConfig) -> int:
+    return config.num_hidden_layers + getattr(config, "num_decoder_layers", 0)
+
+
+def _transformer_parameters(config: TransformerMixtureConfig, attention_modules: int) -> int:
+    """Feed-forwards with their biases, norms with theirs, and what a masked model adds to the head."""
+    width, layers = config.hidden_size, _transformer_layers(config)
+    stacks = 2 if isinstance(config, BamoeEncoderDecoderConfig) else 1
+    norms = attention_modules + layers + (stacks if config.norm_first else 0)
+    count = layers * (2 * width * config.intermediate_size + config.intermediate_size + width) + norms * 2 * width
+    if isinstance(config, BamoeEncoderConfig):
+        count += width * width + width + 2 * width + config.vocab_size  # dense, norm, bias of the head
+    return count
+
+
+def _embeddings(config: AttentionExpertsConfig) -> int:
+    """Tables of V rows where none are shared: embeddings of each side, and the head."""
+    return 3 if isinstance(config, BamoeEncoderDecoderConfig) else 2
+
+
+def _attention_gate(config: AttentionExpertsConfig) -> int:
     experts = config.num_attention_experts
     return experts * config.hidden_size if experts > 1 else 0
 
 
-def _query_output_parameters(config: BamoeConfig) -> int:
+def _query_output_parameters(config: AttentionExpertsConfig) -> int:
     """Of one attention expert: W_q and W_o with their biases, and its share of the query norms."""
     query_width = config.num_dense_heads * config.head_dim
     count = 2 * config.hidden_size * query_width
@@ -108,7 +184,7 @@ def _query_output_parameters(config: BamoeConfig) -> int:
     return count + {None: 0, "expert": config.head_dim, "head": query_width}[config.qk_norm]
 
 
-def _key_value_parameters(config: BamoeConfig) -> int:
+def _key_value_parameters(config: AttentionExpertsConfig) -> int:
     """W_k and W_v of all experts with their biases, and the key norms."""
     width = config.num_key_value_heads * config.head_dim
     count = 2 * (config.hidden_size + (1 if config.attention_bias else 0)) * width

@@ -1,6 +1,8 @@
-"""A mixture of feed-forward experts: Σ_i p_i(u) · FFN_i(u) over the selected experts (BAM, section 3; BTX, eq. 1).
+"""A mixture of feed-forward experts: Σ_i p_i(u) · FFN_i(u) over the selected experts (BAM, section 3; BTX, eq. 1),
+among them zero-computation experts (MoE++, arXiv 2410.07348).
 
-Shapes: N tokens, D model width, E experts, K selected experts, F width of one expert.
+Shapes: N tokens, D model width, E feed-forward experts, Z zero-computation experts, of them C constant ones, K selected
+experts, F width of one expert, M assignments to feed-forward experts.
 """
 
 import inspect
@@ -18,7 +20,7 @@ from transformers.integrations.moe import (
 )
 
 from .configuration_bamoe import BamoeConfig
-from .routing import FeedForwardRouter
+from .routing import FeedForwardRouter, limit_assignments
 
 
 def grouped_mm_or_eager(
@@ -26,11 +28,11 @@ def grouped_mm_or_eager(
 ) -> torch.Tensor:
     """Grouped matrix products where their kernel can run, else the eager loop.
 
-    The kernel wants rows of a multiple of 16 bytes. Decided per call: a width of 84 runs in float32 and does not after
-    `model.bfloat16()`.
+    The kernel wants rows of a multiple of 16 bytes, and at least one. Decided per call: a width of 84 runs in float32
+    and does not after `model.bfloat16()`.
     """
     widths, element = experts.down_proj.shape[1:], experts.down_proj.element_size()
-    if all(width * element % 16 == 0 for width in widths):
+    if len(hidden_states) and all(width * element % 16 == 0 for width in widths):
         return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     eager = inspect.unwrap(type(experts).forward)
     return eager(experts, hidden_states, top_k_index, top_k_weights)
@@ -63,7 +65,8 @@ class FeedForwardExperts(nn.Module):
         output = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
-            if len(token) == 0:
+            # Without any row an empty product still ties the weights to the loss: FSDP and DDP wait for gradients.
+            if len(token) == 0 and (len(hidden_states) or expert):
                 continue
             gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
             expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
@@ -72,11 +75,44 @@ class FeedForwardExperts(nn.Module):
         return output
 
 
-class MixtureOfFeedForward(nn.Module):
-    """Router and experts; a plain feed-forward when there is one expert. Soft routing selects every expert."""
+class ZeroComputationExperts(nn.Module):
+    """Experts without matrix products of D x F: zero, E(x) = 0; copy, E(x) = x; constant, E(x) = a1·x + a2·v with
+    [a1, a2] = softmax(W x), where W (2, D) is `constant_gate` and v (D) is `constant_value` of each."""
 
     def __init__(self, config: BamoeConfig):
         super().__init__()
+        self.kinds = [config.num_zero_experts, config.num_copy_experts, config.num_constant_experts]
+        if constants := config.num_constant_experts:
+            self.constant_gate = nn.Parameter(torch.empty(constants, 2, config.hidden_size))
+            self.constant_value = nn.Parameter(torch.empty(constants, config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """Σ_i g_i E_i(x) of hidden_states (N, D) with gates (N, Z) float32, 0 where not selected: (N, D).
+
+        Together they are a multiple of x and a mixture of the constants, so there is no loop over experts.
+        """
+        _, copies, constants = gates.split(self.kinds, dim=-1)
+        factor, dtype = copies.sum(-1, keepdim=True), hidden_states.dtype
+        if not constants.shape[-1]:
+            return factor.to(dtype) * hidden_states
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            scores = F.linear(hidden_states, self.constant_gate.flatten(0, 1).to(dtype))
+            scores = scores.unflatten(-1, self.constant_gate.shape[:2]).float()
+            of_input, of_value = (constants[..., None] * scores.softmax(-1)).unbind(-1)
+            factor = factor + of_input.sum(-1, keepdim=True)
+            mixture = of_value.to(dtype) @ self.constant_value.to(dtype)
+            return mixture.addcmul_(factor.to(dtype), hidden_states)
+
+
+class MixtureOfFeedForward(nn.Module):
+    """Router and experts; a plain feed-forward when there is one expert. Soft routing selects every expert."""
+
+    def __init__(self, config: BamoeConfig, layer_idx: int = 0):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.input_scale = config.expert_input_scale
+        self.capacity_factor = config.expert_capacity_factor
+        self.expert_shares = config.expert_shares
         if config.num_routed_experts > 1:
             self.gate = FeedForwardRouter(
                 config.hidden_size,
@@ -84,18 +120,79 @@ class MixtureOfFeedForward(nn.Module):
                 config.num_experts_per_tok,
                 gate_norm="topk_softmax" if config.norm_topk_prob else "none",
                 scale=config.routed_scaling_factor,
+                hidden_layer=config.feed_forward_router == "tanh_mlp",
+                gating_residuals=config.gating_residuals and layer_idx > 0,
+                dropped=range(self.num_experts, self.num_experts + config.num_zero_experts * config.drop_zero_gates),
             )
         self.experts = FeedForwardExperts(config)
+        if config.num_zero_computation_experts:
+            self.zero_computation = ZeroComputationExperts(config)
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Map hidden_states (B, T, D) to the output (B, T, D) and the router logits (B·T, E), None without a router."""
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        previous_logits: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Run the experts that each token of hidden_states (B, T, D) selects.
+
+        Args:
+            previous_logits: (B·T, E + Z), the router logits of the layer before, for gating residuals.
+            token_mask: (B, T), 0 for padding, which takes no capacity; None when all tokens are real.
+
+        Returns:
+            The output (B, T, D); the router logits (B·T, E + Z), None without a router; the assignments that each
+            expert dropped (E + Z,), None where there is no limit (`expert_capacity_factor`; in evaluation).
+        """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        inputs = tokens if self.input_scale == 1 else tokens * self.input_scale
         if not hasattr(self, "gate"):
             index = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
-            return self.experts(tokens, index, tokens.new_ones(len(tokens), 1)).view_as(hidden_states), None
-        routed = self.gate(tokens)
-        output = self.experts(tokens, routed.indices, routed.weights.to(tokens.dtype))
-        return output.view_as(hidden_states), routed.logits
+            return self.experts(inputs, index, tokens.new_ones(len(tokens), 1)).view_as(hidden_states), None, None
+        routed = self.gate(tokens, previous_logits)
+        indices, weights, kept, dropped = routed.indices, routed.weights, None, None
+        if self.training and self.capacity_factor:
+            real = None if token_mask is None else token_mask.reshape(-1)
+            kept, dropped = limit_assignments(indices, self.capacities(weights, real), real)
+            weights = weights.masked_fill(~kept, 0.0)
+        if kept is None and not hasattr(self, "zero_computation"):
+            output = self.experts(inputs, indices, weights.to(tokens.dtype))
+        else:
+            output = self.run_sparsely(inputs, indices, weights, kept)
+        return output.view_as(hidden_states), routed.logits, dropped
+
+    def capacities(self, weights: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+        """Assignments (E + Z,) that each expert takes of the N tokens with weights (N, K): γ·K·N times its share,
+        γ·K·N·τ / (τ·E + Z) of a feed-forward expert and 1/τ times that of a zero-computation one (MoE++).
+
+        N counts the tokens of this forward pass on this process, without padding (N,) where there is a mask.
+        """
+        tokens, top_k = weights.shape
+        count = tokens if token_mask is None else token_mask.sum()
+        return self.capacity_factor * top_k * count * weights.new_tensor(self.expert_shares)
+
+    def run_sparsely(
+        self, tokens: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Run tokens (N, D) through experts indices (N, K), feed-forward ones with the assignments they keep alone.
+
+        Only the M assignments to feed-forward experts reach their weights, and other processes with expert parallelism.
+        """
+        computed = indices < self.num_experts
+        if kept is not None:
+            computed = computed & kept
+        if hasattr(self, "zero_computation"):
+            gates = weights.new_zeros(len(tokens), len(self.expert_shares)).scatter(1, indices, weights)
+            output = self.zero_computation(tokens, gates[:, self.num_experts :])
+        else:
+            output = torch.zeros_like(tokens)
+        weights = weights.to(tokens.dtype)
+        if torch.compiler.is_compiling():  # sizes may not depend on data: the others run expert 0 for nothing
+            indices, weights = indices.where(computed, 0), weights.where(computed, 0.0)
+            return output + self.experts(tokens, indices, weights)
+        token, slot = computed.nonzero(as_tuple=True)
+        rows = self.experts(tokens.index_select(0, token), indices[token, slot][:, None], weights[token, slot][:, None])
+        return output.index_add_(0, token, rows.to(output.dtype))
 
 
 # Checkpoints with one tensor per expert, as older mixtures have them, are read too.

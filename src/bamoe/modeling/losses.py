@@ -30,13 +30,17 @@ def router_losses(
     top_k: int,
     token_mask: torch.Tensor | None = None,
     group: dist.ProcessGroup | None = None,
+    expert_weights: Sequence[float] | None = None,
 ) -> RouterLosses:
-    """Load-balance and z losses of one kind of router (BAM, section 3).
+    """Load-balance and z losses of one kind of router (BAM, section 3; MoE++).
 
     Per layer, over the tokens of all ranks in `group` together:
         load balance = E · Σ_i f_i P_i     f_i = share of the K·N assignments that went to expert i,
                                            P_i = mean probability of expert i; 1 when uniform
         z            = mean over tokens of (logsumexp of the logits)²
+
+    With expert_weights η it is MoE++'s heterogeneous load balance, K · Σ_i η_i f_i P_i (the paper's f_i, the share of
+    the tokens that selected i, is K times ours): K / E of the plain one where every η_i is 1.
 
     f carries no gradient, so the counts of all ranks are summed; P and z are means over tokens, so each rank keeps its
     own share of them and the ranks' losses average to the global value, gradients included.
@@ -46,6 +50,7 @@ def router_losses(
         top_k: K.
         token_mask: (N,), 1 for real tokens and 0 for padding; None when all are real.
         group: data-parallel ranks; None for one process.
+        expert_weights: (E,), η; None for the plain loss.
     """
     stacked = torch.stack([layer.to(logits[0].device) for layer in logits])  # (layers, N, E)
     num_experts = stacked.shape[-1]
@@ -61,9 +66,13 @@ def router_losses(
     # This rank's share of each mean, times the number of ranks, so that averaging over ranks adds the shares up.
     weights = mask * (num_ranks(group) / num_tokens)
     mean_probabilities = torch.einsum("lne,n->le", probabilities, weights)
+    if expert_weights is None:
+        load_balance = num_experts * (fractions * mean_probabilities).sum()
+    else:
+        load_balance = top_k * (stacked.new_tensor(expert_weights) * fractions * mean_probabilities).sum()
     squared_z = stacked.logsumexp(dim=-1).square()
     return RouterLosses(
-        load_balance=num_experts * (fractions * mean_probabilities).sum(),
+        load_balance=load_balance,
         z=(squared_z * weights).sum(),
     )
 

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, D model width, V vocabulary, A attention experts, E f
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
@@ -16,40 +16,45 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm, CohereRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import HeadNorm, MixtureOfAttention
+from .attention import MixtureOfAttention
 from .configuration_attention import task_blind_message
 from .configuration_bamoe import BamoeConfig
 
 # transformers lets a model choose its experts backend only if its file has the text "@use_experts_implementation".
-from .feed_forward import FeedForwardExperts, MixtureOfFeedForward
+from .feed_forward import FeedForwardExperts, MixtureOfFeedForward, ZeroComputationExperts
 from .losses import RouterLosses, RouterLossMixin, router_losses, sum_router_losses
-from .parallel import check_expert_parallel
-from .routing import Router
+from .pretrained import MixturePreTrainedModel, real_tokens
+from .routing import FeedForwardRouter
 
 
 @dataclass
 class BamoeModelOutput(MoeModelOutputWithPast):
-    """`router_logits` and `attention_router_logits`: one (B·T, E) and one (B·T, A) per layer, float32, on request."""
+    """`router_logits` and `attention_router_logits`: one (B·T, E) and one (B·T, A) per layer, float32, on request.
+
+    `dropped_assignments`: one (E,) per layer, what each expert had no capacity for; None without capacities, as in
+    evaluation.
+    """
 
     attention_router_logits: tuple[torch.Tensor, ...] | None = None
+    dropped_assignments: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
 class BamoeCausalLMOutput(MoeCausalLMOutputWithPast):
     """Adds to the language-model output the routers' losses, before their coefficients, summed over layers.
 
-    `aux_loss` is the load-balance loss (1 per layer when uniform), `z_loss` the mean squared log-sum-exp.
+    `aux_loss` is the load-balance loss (see `router_losses`), `z_loss` the mean squared log-sum-exp.
     """
 
     z_loss: torch.Tensor | None = None
     attention_router_logits: tuple[torch.Tensor, ...] | None = None
+    dropped_assignments: tuple[torch.Tensor, ...] | None = None
 
 
 def block_norm(config: BamoeConfig) -> nn.Module:
@@ -66,47 +71,48 @@ class BamoeDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.use_parallel_block = config.use_parallel_block
         self.self_attn = MixtureOfAttention(config, layer_idx)
-        self.mlp = MixtureOfFeedForward(config)
+        self.mlp = MixtureOfFeedForward(config, layer_idx)
         self.input_layernorm = block_norm(config)
         if not config.use_parallel_block:
             self.post_attention_layernorm = block_norm(config)
 
     def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Map hidden_states (B, T, D) to the next ones and this layer's router logits (feed-forward, attention).
+        self,
+        hidden_states: torch.Tensor,
+        previous_logits: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Map hidden_states (B, T, D) to the next ones, this layer's router logits (feed-forward, attention) and the
+        assignments that feed-forward experts dropped.
 
-        The logits are returned, not recorded by hooks: under reentrant checkpointing a hook sees tensors without a
-        graph, and the router losses would silently train nothing.
+        Feed-forward router logits go from layer to layer (gating residuals): hand them over by position, and have them
+        returned, not recorded by hooks. Reentrant checkpointing gives no graph to what keywords or hooks carry, and
+        gating residuals and router losses would silently train nothing.
         """
         normed = self.input_layernorm(hidden_states)
         attended, _, attention_logits = self.self_attn(normed, **kwargs)
         if self.use_parallel_block:
-            fed, logits = self.mlp(normed)
-            return hidden_states + attended + fed, logits, attention_logits
+            fed, logits, dropped = self.mlp(normed, previous_logits, token_mask)
+            return hidden_states + attended + fed, logits, attention_logits, dropped
         hidden_states = hidden_states + attended
-        fed, logits = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + fed, logits, attention_logits
+        fed, logits, dropped = self.mlp(self.post_attention_layernorm(hidden_states), previous_logits, token_mask)
+        return hidden_states + fed, logits, attention_logits, dropped
 
 
-class BamoePreTrainedModel(PreTrainedModel):
-    """What `BamoeModel` and `BamoeForCausalLM` share: initialisation, loading, what transformers may do with them."""
+class BamoePreTrainedModel(MixturePreTrainedModel):
+    """What `BamoeModel` and `BamoeForCausalLM` share: initialisation, loading."""
 
     config: BamoeConfig
     config_class = BamoeConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["BamoeDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": BamoeDecoderLayer,
         "attentions": MixtureOfAttention,
     }
+    _complete_checkpoints: ClassVar[str] = (
+        "Use a directory made by `bamoe upcycle` or save_pretrained; a dense model becomes a mixture by `bamoe upcycle`"
+    )
 
     def __init__(self, config: BamoeConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
@@ -120,34 +126,20 @@ class BamoePreTrainedModel(PreTrainedModel):
         if isinstance(module, FeedForwardExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, Router):
-            init.normal_(module.weight, mean=0.0, std=std)
-        elif isinstance(module, HeadNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, MixtureOfAttention) and self.config.attention_output_bias:
-            init.zeros_(module.output_bias)
+        elif isinstance(module, FeedForwardRouter):
+            if module.inner_weight is not None:
+                init.normal_(module.inner_weight, mean=0.0, std=std)
+            if module.residual_weight is not None:
+                init.zeros_(module.residual_weight)  # a plain router
+        elif isinstance(module, ZeroComputationExperts) and self.config.num_constant_experts:
+            init.normal_(module.constant_gate, mean=0.0, std=std)
+            init.normal_(module.constant_value, mean=0.0, std=std)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Self | tuple[Self, Any]:
-        """Load a checkpoint, as in transformers, but refuse one that lacks weights instead of inventing them.
-
-        Raises:
-            ValueError: weights are missing (routers above all: random ones would silently route to any expert), or
-                the model cannot be spread over as many processes as `distributed_config` asks for.
-        """
-        check_expert_parallel(kwargs.get("distributed_config"))
+        """Load a checkpoint; see `MixturePreTrainedModel`."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model._weight_conversions = []
-        missing = sorted(info["missing_keys"])
-        if missing:
-            routers = [name for name in missing if name.endswith(".gate.weight")]
-            what = f"the router weights {routers[:3]}" if routers else f"the weights {missing[:3]}"
-            more = len(missing) - len((routers or missing)[:3])
-            raise ValueError(
-                f"{args[0] if args else 'the checkpoint'} lacks {what}{f' and {more} more' if more else ''}. "
-                "A mixture with invented weights would run and be wrong. Use a directory made by `bamoe upcycle` or "
-                "save_pretrained; a dense model becomes a mixture by `bamoe upcycle`."
-            )
         return (model, info) if output_loading_info else model
 
 
@@ -197,11 +189,13 @@ class BamoeModel(BamoePreTrainedModel):
         masks = self._masks(inputs_embeds, attention_mask, position_ids, past_key_values)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
-        hidden_states = inputs_embeds
-        router_logits, attention_router_logits = [], []
+        hidden_states, logits = inputs_embeds, None
+        router_logits, attention_router_logits, dropped_assignments = [], [], []
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
-            hidden_states, logits, attention_logits = layer(
+            hidden_states, logits, attention_logits, dropped = layer(
                 hidden_states,
+                logits,
+                token_mask=real_tokens(attention_mask, hidden_states.shape[1]),
                 attention_mask=masks[layer_type],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
@@ -212,6 +206,8 @@ class BamoeModel(BamoePreTrainedModel):
                 router_logits.append(logits)
             if attention_logits is not None:
                 attention_router_logits.append(attention_logits)
+            if dropped is not None:
+                dropped_assignments.append(dropped)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         return BamoeModelOutput(
@@ -219,6 +215,7 @@ class BamoeModel(BamoePreTrainedModel):
             past_key_values=past_key_values,
             router_logits=tuple(router_logits) or None if output_router_logits else None,
             attention_router_logits=tuple(attention_router_logits) or None if output_router_logits else None,
+            dropped_assignments=tuple(dropped_assignments) or None,
         )
 
     def _masks(
@@ -321,21 +318,25 @@ class BamoeForCausalLM(RouterLossMixin, BamoePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
             attention_router_logits=outputs.attention_router_logits if output_router_logits else None,
+            dropped_assignments=outputs.dropped_assignments,
         )
 
     def _router_losses(
         self, outputs: BamoeModelOutput, attention_mask: torch.Tensor | None, group: dist.ProcessGroup | None
     ) -> RouterLosses | None:
         """Losses of every router that selects experts, feed-forward and attention together."""
-        token_mask = None
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            token_mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]  # a cache makes the mask longer
+        config = self.config
+        token_mask = real_tokens(attention_mask, outputs.last_hidden_state.shape[1])
         routers = [
-            (outputs.router_logits, self.config.num_experts_per_tok),
-            (outputs.attention_router_logits, self.config.num_attention_experts_per_tok),
+            (outputs.router_logits, config.num_experts_per_tok, config.load_balance_weights),
+            (outputs.attention_router_logits, config.num_attention_experts_per_tok, None),
         ]
         return sum_router_losses(
-            [router_losses(logits, k, token_mask, group) for logits, k in routers if logits and k is not None]
+            [
+                router_losses(logits, k, token_mask, group, expert_weights)
+                for logits, k, expert_weights in routers
+                if logits and k is not None
+            ]
         )
 
 

@@ -52,15 +52,23 @@ class Router(nn.Module):
         self.gate_norm = gate_norm
         self.scale = scale
 
-    def forward(self, hidden_states: torch.Tensor) -> RouterOutput:
-        """Route hidden_states (..., D)."""
-        # Autocast would run this product in bfloat16, float32 inputs or not.
+    def forward(self, hidden_states: torch.Tensor, previous_logits: torch.Tensor | None = None) -> RouterOutput:
+        """Route hidden_states (..., D); previous_logits (..., E) are those of the layer before."""
+        # Autocast would run these products in bfloat16, float32 inputs or not.
         with torch.autocast(hidden_states.device.type, enabled=False):
-            logits = F.linear(hidden_states.float(), self.weight.float())
+            logits = self.score(hidden_states.float(), previous_logits)
             weights, indices = select_experts(logits.softmax(dim=-1), self.top_k)
             if self.top_k is not None:
-                weights = normalize_gates(weights, self.gate_norm)
+                weights = normalize_gates(self.drop_gates(weights, indices), self.gate_norm)
             return RouterOutput(logits, weights * self.scale, indices)
+
+    def score(self, hidden_states: torch.Tensor, previous_logits: torch.Tensor | None) -> torch.Tensor:
+        """Logits (..., E) of hidden_states (..., D), all float32."""
+        return F.linear(hidden_states, self.weight.float())
+
+    def drop_gates(self, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Probabilities (..., K) of the selected experts, those that are not to be normalised set to 0."""
+        return weights
 
     def extra_repr(self) -> str:
         experts, width = self.weight.shape
@@ -74,7 +82,48 @@ class AttentionRouter(Router):
 
 
 class FeedForwardRouter(Router):
-    """The router over feed-forward experts."""
+    """The router over feed-forward and zero-computation experts: G(x) = W x + W_g G'(x'), the second term with the
+    logits G' of the layer before (MoE++, arXiv 2410.07348). With W_g = 0, its start, a plain router.
+
+    Args:
+        hidden_size, num_experts, top_k, gate_norm, scale: as in `Router`.
+        hidden_layer: W x is a network of two layers, D -> 8E -> tanh -> E (MoE++'s released code).
+        gating_residuals: there is a layer before, and a W_g.
+        dropped: experts whose gates are 0 before the gates are normalised.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int | None,
+        gate_norm: str = "none",
+        scale: float = 1.0,
+        *,
+        hidden_layer: bool = False,
+        gating_residuals: bool = False,
+        dropped: range = range(0),
+    ):
+        inner = 8 * num_experts if hidden_layer else hidden_size
+        super().__init__(inner, num_experts, top_k, gate_norm, scale)
+        self.dropped = dropped
+        self.inner_weight = nn.Parameter(torch.empty(inner, hidden_size)) if hidden_layer else None
+        self.residual_weight = nn.Parameter(torch.empty(num_experts, num_experts)) if gating_residuals else None
+
+    def score(self, hidden_states: torch.Tensor, previous_logits: torch.Tensor | None) -> torch.Tensor:
+        if self.inner_weight is not None:
+            hidden_states = F.linear(hidden_states, self.inner_weight.float()).tanh()
+        logits = super().score(hidden_states, previous_logits)
+        if self.residual_weight is None:
+            return logits
+        if previous_logits is None:
+            raise ValueError("this router has gating residuals: give it the router logits of the layer before")
+        return logits + F.linear(previous_logits.float(), self.residual_weight.float())
+
+    def drop_gates(self, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        if not self.dropped:
+            return weights
+        return weights.masked_fill((indices >= self.dropped.start) & (indices < self.dropped.stop), 0.0)
 
 
 def select_experts(probabilities: torch.Tensor, top_k: int | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,9 +140,37 @@ def normalize_gates(gates: torch.Tensor, gate_norm: str) -> torch.Tensor:
 
     "none": as they are. "detached": over their sum, which carries no gradient, so dw_i/dp_i = 1/sum and dw_i/dp_j = 0
     (MoA, section 3.1). "topk_softmax": the same with the gradient of the whole, which is the softmax over the selected
-    logits.
+    logits. Gates that are all 0 stay 0.
     """
     if gate_norm == "none":
         return gates
     total = gates.sum(dim=-1, keepdim=True)
+    total = total.masked_fill(total == 0, 1.0)
     return gates / (total.detach() if gate_norm == "detached" else total)
+
+
+def limit_assignments(
+    indices: torch.Tensor, capacities: torch.Tensor, token_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drop the assignments that experts have no capacity for: first choices go before second ones, then by position.
+
+    Padding takes no capacity and is not dropped.
+
+    Args:
+        indices: (N, K), the experts that tokens selected, best first.
+        capacities: (E,) assignments that the experts take, rounded up: in a tiny batch an expert still takes one.
+        token_mask: (N,), 1 for real tokens and 0 for padding; None when all are real.
+
+    Returns:
+        Which assignments are kept, (N, K) bool, and how many each expert dropped, (E,) int64.
+    """
+    limits = (capacities - 1e-3).ceil().long()  # a whole number stays itself whatever float arithmetic made of it
+    by_choice = indices.T.reshape(-1)
+    taken = F.one_hot(by_choice, len(limits))
+    if token_mask is not None:
+        taken = taken * token_mask.long().repeat(indices.shape[-1])[:, None]
+    place = taken.cumsum(dim=0).gather(1, by_choice[:, None]).view(indices.T.shape).T
+    kept = place <= limits[indices]
+    if token_mask is not None:
+        kept = kept | (token_mask == 0)[:, None]
+    return kept, (taken.sum(dim=0) - limits).clamp_min(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,25 @@ from bamoe.checkpoints.provenance import PROVENANCE_FILE
 from bamoe.checkpoints.reader import CheckpointReader, resolve
 from bamoe.errors import BamoeError, CheckpointError, CompatibilityError, ConfigError
 from bamoe.families import family_of
+from bamoe.modeling.configuration_attention import AttentionExpertsConfig
 from bamoe.modeling.configuration_bamoe import BamoeConfig
+from bamoe.modeling.configuration_bamoe_encoder import BamoeEncoderConfig
+from bamoe.modeling.configuration_bamoe_encoder_decoder import BamoeEncoderDecoderConfig
 from bamoe.modeling.costs import (
     FlopsPerToken,
     ParameterCounts,
     count_parameters,
     flops_per_token,
+    expected_experts_per_token,
     kv_cache_bytes_per_token,
 )
 
+MIXTURES = {config.model_type for config in (BamoeConfig, BamoeEncoderConfig, BamoeEncoderDecoderConfig)}
+
 
 def inspect(source: str | Path, context: int | None = None) -> dict[str, Any]:
-    """Architecture, experts, parameters, FLOPs per token, KV-cache bytes per token and provenance, as plain data.
+    """Architecture, experts, parameters, FLOPs and multiply-accumulates per token, KV-cache bytes per token and
+    provenance, as plain data.
 
     Args:
         source: a directory, or a hub id.
@@ -42,22 +49,18 @@ def inspect(source: str | Path, context: int | None = None) -> dict[str, Any]:
     with CheckpointReader(resolve(str(source))) as reader:
         raw, path = reader.config, reader.path
         dtypes = {info.dtype for info in reader.tensors.values()}
-    dense = raw.get("model_type") != BamoeConfig.model_type
-    config = None if dense else load_config(path)
-    assert config is None or isinstance(config, BamoeConfig)
+    config = load_config(path) if raw.get("model_type") in MIXTURES else None
+    assert config is None or isinstance(config, AttentionExpertsConfig)
     costs = dense_costs(raw, context) if config is None else mixture_costs(config, context)
+    flops = asdict(costs.flops_per_token) | {"total": costs.flops_per_token.total}
     widest = max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
     return {
         "architecture": raw["model_type"],
         "experts": None if config is None else _experts(config),
         "parameters": {"total": costs.parameters.total, "active": costs.parameters.active},
         "context": costs.context,
-        "flops_per_token": {
-            "attention": round(costs.flops_per_token.attention),
-            "feed_forward": round(costs.flops_per_token.feed_forward),
-            "head": round(costs.flops_per_token.head),
-            "total": round(costs.flops_per_token.total),
-        },
+        "flops_per_token": {part: round(count) for part, count in flops.items()},
+        "macs_per_token": {part: round(count / 2) for part, count in flops.items()},
         "dtype": str(widest).removeprefix("torch."),
         "kv_cache_bytes_per_token": costs.kv_cache_values_per_token * widest.itemsize,
         "provenance": _provenance(path),
@@ -74,7 +77,7 @@ class Costs:
     context: int
 
 
-def mixture_costs(config: BamoeConfig, context: int | None = None) -> Costs:
+def mixture_costs(config: AttentionExpertsConfig, context: int | None = None) -> Costs:
     """Costs of a mixture, from its config alone; `context` defaults to the model's maximum."""
     context = context or config.max_position_embeddings
     return Costs(
@@ -102,21 +105,34 @@ def _dense_config(raw: dict[str, Any]) -> BamoeConfig:
         raise CompatibilityError(f"config.json has values that no {family.model_type} model has: {error}") from error
 
 
-def _experts(config: BamoeConfig) -> dict[str, Any]:
-    return {
-        "attention": {
-            "total": config.num_attention_experts,
-            "per_token": config.num_attention_experts_per_tok or config.num_attention_experts,
-            "routing": config.attention_routing,
-            "key_value": config.attention_key_value,
-        },
-        "feed_forward": {
-            "total": config.num_experts,
-            "per_token": config.num_experts_per_tok or config.num_experts,
-            "routing": config.feed_forward_routing,
-            "norm_topk_prob": config.norm_topk_prob,
-        },
+def _experts(config: AttentionExpertsConfig) -> dict[str, Any]:
+    """None under "feed_forward" is one feed-forward for all tokens."""
+    attention = {
+        "total": config.num_attention_experts,
+        "per_token": config.num_attention_experts_per_tok or config.num_attention_experts,
+        "routing": config.attention_routing,
+        "gate_norm": config.attention_gate_norm,
+        "heads": config.num_dense_heads,
+        "head_dim": config.head_dim,
+        "key_value": config.attention_key_value,
     }
+    if not isinstance(config, BamoeConfig) or config.num_routed_experts == 1:
+        return {"attention": attention, "feed_forward": None}
+    zero_computation = {
+        "zero": config.num_zero_experts,
+        "copy": config.num_copy_experts,
+        "constant": config.num_constant_experts,
+        "tau": config.zero_computation_tau,
+        "expected_experts_per_token": expected_experts_per_token(config),
+    }
+    feed_forward = {
+        "total": config.num_experts,
+        "per_token": config.num_experts_per_tok or config.num_experts,
+        "routing": config.feed_forward_routing,
+        "norm_topk_prob": config.norm_topk_prob,
+        "zero_computation": zero_computation if config.num_zero_computation_experts else None,
+    }
+    return {"attention": attention, "feed_forward": feed_forward}
 
 
 def _provenance(path: Path) -> Any:
