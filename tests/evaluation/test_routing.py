@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,8 @@ def naive(logits: torch.Tensor, top_k: int | None, normalize: bool) -> dict[str,
         "gate": [value / n for value in gate],
         "load_entropy": -sum(value * math.log(value) for value in load if value),
         "token_entropy": entropy / n,
+        "balanced_load": [1 / experts] * experts,
+        "experts_per_token": top_k or experts,
     }
 
 
@@ -84,7 +87,7 @@ def test_evaluation_reports_every_layer_and_domain(tmp_path: Path) -> None:
                 output = model(block, output_router_logits=True)
             recorded["feed_forward"].append(output.router_logits)
             recorded["attention"].append(output.attention_router_logits)
-        for kind, top_k, normalize in (("feed_forward", 2, True), ("attention", 1, False)):
+        for kind, top_k, normalize in (("feed_forward", 2, True), ("attention", 1, True)):
             assert len(routing[kind][name]) == 2
             for layer in range(2):
                 logits = torch.cat([block[layer] for block in recorded[kind]])
@@ -98,6 +101,67 @@ def test_one_attention_expert_has_no_attention_routing(tmp_path: Path) -> None:
     routing = evaluate(directory, {"sea": corpus(tmp_path / "sea.jsonl", "sea")}, sequence_length=16).routing
     assert routing is not None
     assert list(routing) == ["feed_forward"]
+
+
+def counted(logits: torch.Tensor, experts: int, ungated: range) -> tuple[list[float], list[float], float]:
+    """Load, gates that sum to 1 and computed experts of top-2 routing, token by token; `experts` of them compute."""
+    load, gate, computed = ([0.0] * logits.shape[-1] for _ in range(3))
+    for row in logits.double():
+        p = row.softmax(-1).tolist()
+        chosen = sorted(range(len(p)), key=lambda expert: -p[expert])[:2]
+        total = sum(p[expert] for expert in chosen if expert not in ungated)
+        for expert in chosen:
+            load[expert] += 0.5
+            computed[expert] += expert < experts
+            gate[expert] += p[expert] / total if expert not in ungated else 0.0
+    n = len(logits)
+    return [value / n for value in load], [value / n for value in gate], sum(computed) / n
+
+
+def zero_computation(directory: Path, **changes: Any) -> Path:
+    """A mixture of three feed-forward, one zero, one copy and one constant expert, top-2."""
+    settings = {"num_experts_per_tok": 2, "initializer_range": 0.5, "zero_computation_tau": 0.5}
+    kinds = {"num_zero_experts": 1, "num_copy_experts": 1, "num_constant_experts": 1}
+    return mixture(directory, **(settings | kinds | changes))
+
+
+@pytest.mark.parametrize("ungated", [False, True])
+def test_zero_computation_experts_are_no_experts_per_token(tmp_path: Path, ungated: bool) -> None:
+    directory = zero_computation(tmp_path / "model", norm_topk_prob=True, drop_zero_gates=ungated)
+    path = corpus(tmp_path / "sea.jsonl", "sea", documents=6)
+    routing = evaluate(directory, {"sea": path}, sequence_length=64, batch_tokens=64).routing
+    assert routing is not None
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    ids = [token for text in texts for token in [*tokenizer()(text)["input_ids"], 0]][:-1]
+    model = load_model(directory)
+    with torch.no_grad():
+        outputs = [model(torch.tensor([ids[start : start + 64]]), output_router_logits=True) for start in
+                   range(0, len(ids), 64)]  # fmt: skip
+    for number, layer in enumerate(routing["feed_forward"]["sea"]):
+        logits = torch.cat([output.router_logits[number] for output in outputs])
+        load, gate, computed = counted(logits, 3, range(3, 4) if ungated else range(0))
+        assert layer.load == pytest.approx(load)
+        assert layer.gate == pytest.approx(gate, abs=1e-6)
+        assert layer.experts_per_token == pytest.approx(computed)
+        assert 0 < computed < 2
+        # tau : 1 over three feed-forward and three other experts: 0.5 / 4.5 and 1 / 4.5.
+        assert layer.balanced_load == pytest.approx([1 / 9] * 3 + [2 / 9] * 3)
+    assert all(layer.experts_per_token == 3 for layer in routing["attention"]["sea"])  # soft: all of them
+
+
+@pytest.mark.parametrize(
+    ("load", "balanced", "message"),
+    [
+        # A small tau leaves little to the feed-forward experts, and that is meant.
+        ([0.01, 0.01, 0.98], [0.012, 0.012, 0.976], None),
+        ([0.001, 0.019, 0.98], [0.012, 0.012, 0.976], "expert 0 gets 0.1% of the assignments (balanced: 1.2%)"),
+        ([0.002, 0.002, 0.996], [0.012, 0.012, 0.976], "expert 2 gets 99.6% of the assignments (balanced: 97.6%)"),
+        ([0.4, 0.59, 0.01], [0.25, 0.25, 0.5], "expert 2 gets 1.0% of the assignments (balanced: 50.0%)"),
+        ([0.4, 0.54, 0.06], [0.25, 0.25, 0.5], None),
+    ],
+)
+def test_collapse_is_judged_by_the_balanced_shares(load: list[float], balanced: list[float], message: str | None):
+    assert collapsed(load, balanced) == message
 
 
 @pytest.mark.parametrize(
@@ -120,7 +184,7 @@ def test_collapse_is_said_in_a_sentence(load: list[float], message: str | None) 
 
 def test_collapse_is_judged_over_all_domains() -> None:
     def routing(*loads: list[float]) -> list[LayerRouting]:
-        return [LayerRouting(load, load, load, 0.0, 0.0) for load in loads]
+        return [LayerRouting(load, [0.5, 0.5], load, load, 0.0, 0.0, 1.0) for load in loads]
 
     # Layer 0 has specialised, layer 1 has collapsed.
     sea, code = routing([1.0, 0.0], [0.99, 0.01]), routing([0.1, 0.9], [0.95, 0.05])

@@ -119,10 +119,11 @@ def test_counts_are_of_the_tokens_that_routers_see(
     counted = TokenExperts(model.config, streams, max_tokens)
     routing = evaluate_streams(model, streams, LENGTH, max_tokens=max_tokens, token_experts=counted).routing
     assert routing is not None
-    counts = counted._counts["feed_forward"]
+    counts = counted.kinds["feed_forward"].counts
+    assert counts is not None
     seen = sum(min(len(stream) - 1, max_tokens or len(stream)) for stream in streams)
     assert counts.sum(dim=(1, 2)).tolist() == [seen] * 2
-    assert (counts[:, :-1].sum(dim=-1) == torch.from_numpy(counted.occurrences)).all()
+    assert (counts[:, :-1].sum(dim=-1) == torch.from_numpy(counted.kinds["feed_forward"].occurrences)).all()
 
 
 def test_mutual_information_of_known_tables() -> None:

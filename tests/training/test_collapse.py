@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bamoe.checkpoints.loading import load_model, load_tokenizer
+from bamoe.evaluation import LayerRouting
 from bamoe.training import train
 from bamoe.training.collapse import CollapseWarning, CollapseWatch
 from tests.training.test_train import log_of
@@ -56,7 +57,11 @@ def test_a_healthy_run_and_a_soft_router_say_nothing(tmp_path: Path) -> None:
 
 def test_a_router_is_named_again_only_after_it_recovered() -> None:
     watch = CollapseWatch(warns=True)
-    healthy, broken = [0.4, 0.6], [0.01, 0.99]
+    healthy, broken = (
+        LayerRouting(load, balanced, load, load, 0.0, 0.0, 1.0)
+        # The same load, which is nearly balanced for one router and not for the other.
+        for load, balanced in (([0.06, 0.94], [0.1, 0.9]), ([0.06, 0.94], [0.5, 0.5]))
+    )
     said = []
     for step, load in enumerate([healthy, broken, broken, healthy, broken]):
         with warnings.catch_warnings(record=True) as caught:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from bamoe.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from bamoe.evaluation import Evaluation, LayerSpecialization
+    from bamoe.evaluation import Evaluation, LayerSpecialization, TokenClassRouting
 
 _SHOWN_TOKENS = 5
 
@@ -32,7 +33,7 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     routing: Annotated[
-        bool, typer.Option("--routing", help="Also show what the experts specialise in: tokens and domains.")
+        bool, typer.Option("--routing", help="Also show what the experts specialise in: tokens, classes, domains.")
     ] = False,
     sequence_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of context [default: as trained here, else at most 1024].")
@@ -132,17 +133,38 @@ def _print_tables(result: Evaluation) -> None:
     console.print(table)
     for kind, domains in (result.routing or {}).items():
         table = Table("layer", "domain", "load per expert", title=f"{kind.replace('_', '-')} routers")
-        table.add_column("entropy of load", justify="right")
-        table.add_column("entropy per token", justify="right")
+        for heading in ("entropy of load", "entropy per token", "experts per token"):
+            table.add_column(heading, justify="right")
         for layer in range(len(next(iter(domains.values())))):
             for name, layers in domains.items():
                 routing = layers[layer]
-                load = " ".join(f"{share:.2f}" for share in routing.load)
-                table.add_row(str(layer), name, load, f"{routing.load_entropy:.3f}", f"{routing.token_entropy:.3f}")
+                entropies = (f"{entropy:.3f}" for entropy in (routing.load_entropy, routing.token_entropy))
+                table.add_row(str(layer), name, _shares(routing.load), *entropies, f"{routing.experts_per_token:.2f}")
             table.add_section()
         console.print(table)
     for kind, specialized in (result.specialization or {}).items():
         _print_specialization(console, kind.replace("_", "-"), specialized)
+    for kind, classes in (result.token_classes or {}).items():
+        _print_token_classes(console, kind.replace("_", "-"), classes)
+
+
+def _shares(load: Sequence[float]) -> str:
+    return " ".join(f"{share:.2f}" for share in load)
+
+
+def _print_token_classes(console: Console, kind: str, classes: Mapping[str, TokenClassRouting]) -> None:
+    from statistics import fmean
+
+    from rich.table import Table
+
+    title = f"{kind} routers: classes of tokens, mean over layers"
+    table = Table("class", "load per expert", title=title)
+    for heading in ("tokens", "experts per token"):
+        table.add_column(heading, justify="right")
+    for name, routing in classes.items():
+        load = [fmean(layers) for layers in zip(*routing.load, strict=True)]
+        table.add_row(name, _shares(load), f"{routing.tokens:,}", f"{fmean(routing.experts_per_token):.2f}")
+    console.print(table)
 
 
 def _print_specialization(console: Console, kind: str, layers: list[LayerSpecialization]) -> None:

@@ -21,4 +21,6 @@ def train(
     result = run_training(TrainConfig.read(config), resume=resume, force=force)
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         took = f"{result.tokens:,} tokens in {result.steps:,} steps"
-        typer.echo(f"{result.output}: {took}, last loss {result.final_loss:.4f}")
+        dropped = result.dropped_assignments
+        end = "" if dropped is None else f", {dropped:.1%} of the assignments over capacity and dropped"
+        typer.echo(f"{result.output}: {took}, last loss {result.final_loss:.4f}{end}")

@@ -7,13 +7,16 @@ from bamoe.evaluation.perplexity import DomainScore, Evaluation, evaluate
 from bamoe.evaluation.routing import LayerRouting, collapsed
 from bamoe.evaluation.specialization import LayerSpecialization, TokenAffinity
 from bamoe.evaluation.tasks import evaluate_tasks
+from bamoe.evaluation.token_classes import TOKEN_CLASSES, TokenClassRouting
 
 __all__ = [
+    "TOKEN_CLASSES",
     "DomainScore",
     "Evaluation",
     "LayerRouting",
     "LayerSpecialization",
     "TokenAffinity",
+    "TokenClassRouting",
     "collapsed",
     "evaluate",
     "evaluate_tasks",

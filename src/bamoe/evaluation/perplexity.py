@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +31,7 @@ from bamoe.evaluation.routing import (
     update_statistics,
 )
 from bamoe.evaluation.specialization import LayerSpecialization, TokenExperts
+from bamoe.evaluation.token_classes import TokenClassCounts, TokenClassRouting
 from bamoe.schema import parse
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Evaluation:
     """Scores per domain, their means, and `routing[kind][domain][layer]` (None for a dense model).
 
     average_perplexity is the arithmetic mean of the domains' perplexities, as in the BAM paper's table 1.
-    specialization: `[kind][layer]` over all domains, where it was asked for.
+    specialization: `[kind][layer]` over all domains, and token_classes: `[kind][class]`, where they were asked for.
     block_nats, block_tokens: per domain, the summed negative log-likelihood and the scored tokens of each block, in
         order. Two models with the same tokenizer scored at the same length have the same blocks, so their differences
         can be paired; too long for a record, they are not in `to_dict`.
@@ -71,12 +72,14 @@ class Evaluation:
     sequence_length: int
     routing: dict[str, dict[str, list[LayerRouting]]] | None
     specialization: dict[str, list[LayerSpecialization]] | None = None
+    token_classes: dict[str, dict[str, TokenClassRouting]] | None = None
     block_nats: dict[str, list[float]] = field(default_factory=dict, repr=False)
     block_tokens: dict[str, list[int]] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON: without the blocks, with `collapsed_routers`, specialization only if there is one."""
-        left_out = {"block_nats", "block_tokens"} | ({"specialization"} if self.specialization is None else set())
+        """Plain data, for JSON: without the blocks, with `collapsed_routers`; what was not asked for is not there."""
+        optional = {name for name in ("specialization", "token_classes") if getattr(self, name) is None}
+        left_out = {"block_nats", "block_tokens"} | optional
         values = {name: value for name, value in asdict(self).items() if name not in left_out}
         return values | {"collapsed_routers": self.collapsed_routers()}
 
@@ -111,7 +114,7 @@ def evaluate(
             model was trained here, else false.
         text_field: the column with the documents.
         on_bad_lines: of JSON lines and text files; see `Corpus`.
-        specialization: also find which tokens and domains the experts of a mixture specialise in.
+        specialization: also find which tokens, domains and classes of tokens the experts of a mixture specialise in.
 
     Raises:
         BamoeError: a model, corpus or length that cannot be used, or scores that are not finite.
@@ -150,10 +153,15 @@ def evaluate(
     if isinstance(model, str | Path):  # last: reading a large model takes longer than finding a mistake above
         model = load_for_measuring(model)
     token_experts = TokenExperts(config, streams, max_tokens) if specialization and is_mixture(config) else None
-    result = evaluate_streams(model, streams, sequence_length, batch_tokens, max_tokens, document_mask, token_experts)
-    if token_experts is None or result.routing is None:
+    classes = None if token_experts is None else TokenClassCounts(config, tokenizer)
+    result = evaluate_streams(
+        model, streams, sequence_length, batch_tokens, max_tokens, document_mask, token_experts, classes
+    )
+    if token_experts is None or classes is None or result.routing is None:
         return result
-    return replace(result, specialization=token_experts.layers(result.routing, tokenizer))
+    return replace(
+        result, specialization=token_experts.layers(result.routing, tokenizer), token_classes=classes.routing()
+    )
 
 
 def load_for_measuring(source: str | Path) -> PreTrainedModel:
@@ -173,11 +181,13 @@ def evaluate_streams(
     max_tokens: int | None = None,
     document_mask: bool = False,
     token_experts: TokenExperts | None = None,
+    token_classes: TokenClassCounts | None = None,
 ) -> Evaluation:
     """Score a loaded model on streams read with `count_bytes`; see `evaluate`. The model's mode is left as it was.
 
-    `token_experts` counts the assignments of a mixture, where given.
+    `token_experts` and `token_classes` count the assignments of a mixture, where given.
     """
+    counters = [counter for counter in (token_experts, token_classes) if counter is not None]
     was_training = model.training
     model.eval()
     domains: dict[str, DomainScore] = {}
@@ -188,7 +198,7 @@ def evaluate_streams(
         for stream in streams:
             statistics = router_statistics(model.config)
             domains[stream.name], block_nats[stream.name], block_tokens[stream.name] = _score(
-                model, stream, sequence_length, batch_tokens, max_tokens, document_mask, statistics, token_experts
+                model, stream, sequence_length, batch_tokens, max_tokens, document_mask, statistics, counters
             )
             for kind, counted in statistics.items():
                 if layers := counted.layers():
@@ -214,7 +224,7 @@ def _score(
     max_tokens: int | None,
     document_mask: bool,
     statistics: dict[str, RouterStatistics],
-    token_experts: TokenExperts | None,
+    counters: Sequence[TokenExperts | TokenClassCounts],
 ) -> tuple[DomainScore, list[float], list[int]]:
     """The score of one text, and the nats and scored tokens of each of its blocks."""
     nats, tokens, num_bytes = 0.0, 0, 0
@@ -239,8 +249,8 @@ def _score(
         block_tokens += scored.reshape(rows, -1).sum(axis=1).tolist()
         num_bytes += int(stream.bytes_per_token(start + 1, stop)[scored].sum())
         update_statistics(statistics, outputs)
-        if token_experts is not None:
-            token_experts.update(inputs, outputs)
+        for counter in counters:
+            counter.update(inputs, outputs)
     if num_bytes == 0:
         raise DataError(f"corpus {stream.name!r} is too short to score: the first token of a text has no context")
     log_perplexity = nats / tokens

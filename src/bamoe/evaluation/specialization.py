@@ -56,62 +56,49 @@ class LayerSpecialization:
     tokens: list[list[TokenAffinity]]
 
 
-class TokenExperts:
-    """How often each frequent token is assigned to each expert; holds (L, F + 1, E) numbers per kind of router.
+class TokenAssignments:
+    """How often each frequent token is assigned to each expert of one kind of router; holds (L, F + 1, E) numbers.
 
     Soft routing assigns a token to every expert in part, with its probability.
 
     Args:
-        config: of a mixture.
-        streams: the texts that will be seen, once each.
-        max_tokens: of each text.
+        occurrences: (vocabulary,) how often each token will be seen in all.
+        top_k: experts per token; None for soft routing.
     """
 
-    def __init__(self, config: PreTrainedConfig, streams: Iterable[TokenStream], max_tokens: int | None = None) -> None:
-        occurrences = np.zeros(config.vocab_size, dtype=np.int64)
-        for stream in streams:
-            # The last token of a text is a target only: no router sees it.
-            seen = len(stream) - 1 if max_tokens is None else min(len(stream) - 1, max_tokens)
-            for start in range(0, seen, _READ_AT_ONCE):
-                ids = stream.tokens(start, min(start + _READ_AT_ONCE, seen))
-                occurrences += np.bincount(ids, minlength=len(occurrences))
+    def __init__(self, occurrences: np.ndarray, top_k: int | None) -> None:
+        self.top_k = top_k
         self.token_ids = np.flatnonzero(occurrences >= MIN_COUNT)
         self.occurrences = occurrences[self.token_ids]
         self._row = np.full(len(occurrences), len(self.token_ids))  # rare tokens share the last row
         self._row[self.token_ids] = np.arange(len(self.token_ids))
-        self._top_k = {kind: getattr(config, top_k, None) for kind, (_, top_k, _) in ROUTERS.items()}
-        self._counts: dict[str, torch.Tensor] = {}
-        self._squares: dict[str, torch.Tensor] = {}  # (L, E): squared assignments of frequent tokens
+        self.counts: torch.Tensor | None = None
+        self._squares: torch.Tensor | None = None  # (L, E): squared assignments of frequent tokens
 
     @torch.no_grad()
-    def update(self, ids: torch.Tensor, outputs: Any) -> None:
-        """Add a forward pass over `ids` with `output_router_logits=True`."""
-        rows = torch.from_numpy(self._row[ids.flatten().cpu().numpy()])
-        for kind, (name, _, _) in ROUTERS.items():
-            if not (logits := getattr(outputs, name, None)):
-                continue
-            assigned = assignments(logits, self._top_k[kind]).double()
-            rows = rows.to(assigned.device)
-            if kind not in self._counts:
-                layers, _, experts = assigned.shape
-                self._counts[kind] = assigned.new_zeros(layers, len(self.token_ids) + 1, experts)
-                self._squares[kind] = assigned.new_zeros(layers, experts)
-            self._counts[kind].index_add_(1, rows, assigned)
-            self._squares[kind] += assigned[:, rows < len(self.token_ids)].square().sum(dim=1)
+    def update(self, ids: torch.Tensor, logits: Sequence[torch.Tensor]) -> None:
+        """Add the tokens `ids` (N,) of one forward pass, whose routers gave one (N, E) per layer."""
+        assigned = assignments(logits, self.top_k).double()
+        rows = torch.from_numpy(self._row[ids.cpu().numpy()]).to(assigned.device)
+        if self.counts is None or self._squares is None:
+            layers, _, experts = assigned.shape
+            self.counts = assigned.new_zeros(layers, len(self.token_ids) + 1, experts)
+            self._squares = assigned.new_zeros(layers, experts)
+        self.counts.index_add_(1, rows, assigned)
+        self._squares += assigned[:, rows < len(self.token_ids)].square().sum(dim=1)
 
     def layers(
-        self, routing: dict[str, dict[str, list[LayerRouting]]], tokenizer: PreTrainedTokenizerBase
-    ) -> dict[str, list[LayerSpecialization]]:
-        """`[kind][layer]`; `routing` is that of the same texts, `[kind][domain][layer]`."""
-        return {
-            kind: [
-                self._layer(counted, squares, [layers[number].load for layers in routing[kind].values()], tokenizer)
-                for number, (counted, squares) in enumerate(
-                    zip(counts.cpu().numpy(), self._squares[kind].cpu().numpy(), strict=True)
-                )
-            ]
-            for kind, counts in self._counts.items()
-        }
+        self, domains: Sequence[Sequence[LayerRouting]], tokenizer: PreTrainedTokenizerBase
+    ) -> list[LayerSpecialization]:
+        """One entry per layer; `domains` is the routing of the same text, `[domain][layer]`."""
+        if self.counts is None or self._squares is None:
+            return []
+        return [
+            self._layer(counts, squares, [layers[number].load for layers in domains], tokenizer)
+            for number, (counts, squares) in enumerate(
+                zip(self.counts.cpu().numpy(), self._squares.cpu().numpy(), strict=True)
+            )
+        ]
 
     def _layer(
         self,
@@ -145,6 +132,40 @@ class TokenExperts:
             for row in order[:TOP_TOKENS]
             if pmi[row] > 0  # an unused expert has NaN here
         ]
+
+
+class TokenExperts:
+    """`TokenAssignments` of each kind of router of a decoder mixture.
+
+    Args:
+        config: of a mixture.
+        streams: the texts that will be seen, once each.
+        max_tokens: of each text.
+    """
+
+    def __init__(self, config: PreTrainedConfig, streams: Iterable[TokenStream], max_tokens: int | None = None) -> None:
+        occurrences = np.zeros(config.vocab_size, dtype=np.int64)
+        for stream in streams:
+            # The last token of a text is a target only: no router sees it.
+            seen = len(stream) - 1 if max_tokens is None else min(len(stream) - 1, max_tokens)
+            for start in range(0, seen, _READ_AT_ONCE):
+                ids = stream.tokens(start, min(start + _READ_AT_ONCE, seen))
+                occurrences += np.bincount(ids, minlength=len(occurrences))
+        self.kinds = {
+            kind: TokenAssignments(occurrences, getattr(config, top_k, None)) for kind, (_, top_k, _) in ROUTERS.items()
+        }
+
+    def update(self, ids: torch.Tensor, outputs: Any) -> None:
+        """Add a forward pass over `ids` with `output_router_logits=True`."""
+        for kind, (name, _, _) in ROUTERS.items():
+            if logits := getattr(outputs, name, None):
+                self.kinds[kind].update(ids.flatten(), logits)
+
+    def layers(
+        self, routing: dict[str, dict[str, list[LayerRouting]]], tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, list[LayerSpecialization]]:
+        """`[kind][layer]`; `routing` is that of the same texts, `[kind][domain][layer]`."""
+        return {kind: self.kinds[kind].layers(list(domains.values()), tokenizer) for kind, domains in routing.items()}
 
 
 def mutual_information(joint: np.ndarray) -> float:

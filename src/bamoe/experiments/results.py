@@ -117,6 +117,7 @@ class _Found:
             seconds=trained.get("seconds", 0.0),
             command=self._command(row, seed),
             specialization=evaluation.get("specialization"),
+            token_classes=evaluation.get("token_classes"),
         )
 
     def _command(self, row: Row, seed: int) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bamoe.recipes.preflight import free_bytes
+from bamoe.recipes.router_init import HIDDEN_LAYER
 
 if TYPE_CHECKING:
     from bamoe.modeling.configuration_bamoe import BamoeConfig
@@ -36,9 +37,13 @@ class Estimate:
 
 
 def router_parameters(config: BamoeConfig) -> int:
-    """Parameters of all routers: E·D per layer, and A·D more with several attention experts."""
-    rows = config.num_experts + (config.num_attention_experts if config.num_attention_experts > 1 else 0)
-    return config.num_hidden_layers * rows * config.hidden_size
+    """Parameters of all routers: per layer A·D with several attention experts, and N·D of the N experts that the
+    feed-forward router chooses among; with a hidden layer 8N·(N + D). N² more for gating residuals."""
+    width, attention = config.hidden_size, config.num_attention_experts
+    experts = config.num_routed_experts if config.num_routed_experts > 1 else 0
+    inner = HIDDEN_LAYER * experts * (experts + width) if config.feed_forward_router == "tanh_mlp" else experts * width
+    residuals = (config.num_hidden_layers - 1) * experts**2 if config.gating_residuals else 0
+    return config.num_hidden_layers * (inner + (attention * width if attention > 1 else 0)) + residuals
 
 
 def estimate(config: BamoeConfig, dtype: str, out: Path) -> Estimate:
@@ -46,7 +51,7 @@ def estimate(config: BamoeConfig, dtype: str, out: Path) -> Estimate:
     from bamoe.modeling.costs import count_parameters
 
     counts, routers = count_parameters(config), router_parameters(config)
-    tensors = 16 * config.num_hidden_layers
+    tensors = 20 * config.num_hidden_layers
     return Estimate(
         total_parameters=counts.total,
         active_parameters=counts.active,

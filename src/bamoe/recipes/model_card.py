@@ -121,10 +121,25 @@ def _description(config: BamoeConfig) -> str:
         )
     selected = config.num_experts_per_tok or config.num_experts
     renormalised = "renormalised" if config.norm_topk_prob else "not renormalised"
+    zero_computation = config.num_zero_computation_experts
+    of = f"{selected} of them and of the zero-computation experts" if zero_computation else f"{selected}"
     lines.append(
-        f"| feed-forward experts | {config.num_experts}, {selected} per token "
+        f"| feed-forward experts | {config.num_experts}, {of} per token "
         f"({config.feed_forward_routing} routing; gates {renormalised}) |"
     )
+    if zero_computation:
+        lines.append(
+            f"| zero-computation experts (MoE++, arXiv 2410.07348) | {config.num_zero_experts} zero, "
+            f"{config.num_copy_experts} copy, {config.num_constant_experts} constant; "
+            f"tau {config.zero_computation_tau:g} |"
+        )
+    if config.gating_residuals:
+        lines.append("| feed-forward router | gets the scores of the layer before (gating residuals, zero at first) |")
+    if config.expert_capacity_factor:
+        lines.append(
+            f"| capacity while training | {config.expert_capacity_factor:g} times an expert's share of the assignments "
+            "in balance |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""How the weights of new routers start."""
+"""How weights start that no dense model has: routers, and MoE++'s constant experts."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import torch
 
 from bamoe.checkpoints.plan import ReadRows, ShapeOf, Source
 
+HIDDEN_LAYER = 8  # of a router with two layers: so many times the number of experts wide (`FeedForwardRouter`)
+
 
 @dataclass(frozen=True)
 class Normal:
-    """Normal values of a router (experts, width), from a generator of its own.
+    """Normal values of a tensor of `height` rows, from a generator of its own.
 
     The generator is seeded by the recipe's seed and the tensor's name, so that the values depend neither on the other
     tensors nor on the order in which they are made.
     """
 
     name: str
-    experts: int
+    height: int
     width: int
     std: float
     seed: int
@@ -29,13 +31,34 @@ class Normal:
         return ()
 
     def shape(self, shape_of: ShapeOf) -> tuple[int, int]:
-        return self.experts, self.width
+        return self.height, self.width
 
     def rows(self, start: int, stop: int, read: ReadRows) -> torch.Tensor:
         digest = hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
         # A router is small, so any of its rows are cut from the whole.
-        return (torch.randn(self.experts, self.width, generator=generator) * self.std)[start:stop]
+        return (torch.randn(self.height, self.width, generator=generator) * self.std)[start:stop]
 
     def describe(self) -> str:
         return f"random, standard deviation {self.std}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Zeros: weights through which nothing flows until training moves them."""
+
+    height: int
+    width: int
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return ()
+
+    def shape(self, shape_of: ShapeOf) -> tuple[int, int]:
+        return self.height, self.width
+
+    def rows(self, start: int, stop: int, read: ReadRows) -> torch.Tensor:
+        return torch.zeros(stop - start, self.width)
+
+    def describe(self) -> str:
+        return "zeros"

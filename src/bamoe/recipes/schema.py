@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ def _no_truth_value(value: Any) -> Any:
 
 # Strict: pydantic would read `true` as 1.
 Count = Annotated[int, Field(strict=True, ge=1, le=10_000)]
+CountFromZero = Annotated[int, Field(strict=True, ge=0, le=10_000)]
 Number = Annotated[float, BeforeValidator(_no_truth_value), Field(allow_inf_nan=False)]
 
 
@@ -43,6 +45,22 @@ class AttentionRecipe(StrictModel):
     )
 
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)  # pydantic's own `copy`, deprecated, gives way
+
+    class ZeroComputationRecipe(StrictModel):
+        """Experts without a matrix product, beside the feed-forward ones (MoE++, section 3.1): how many of each."""
+
+        zero: CountFromZero = 0
+        copy: CountFromZero = 0  # type: ignore[assignment]
+        constant: CountFromZero = 0
+
+        @property
+        def total(self) -> int:
+            """All of them."""
+            return self.zero + self.copy + self.constant
+
+
 class FeedForwardRecipe(StrictModel):
     """How feed-forward experts are routed. A value left out is the recipe's own (see `Recipe`)."""
 
@@ -50,6 +68,41 @@ class FeedForwardRecipe(StrictModel):
     num_experts_per_tok: Count | None = None
     norm_topk_prob: bool | None = None
     routed_scaling_factor: Number = Field(1.0, gt=0, le=10_000)
+    zero_computation: ZeroComputationRecipe | None = Field(None, description="adds MoE++'s experts; default: none")
+    tau: Number | None = Field(
+        None, gt=0, le=1000, description="weight of a zero-computation expert in the load-balance loss; default: 0.75"
+    )
+    capacity_factor: Number | None = Field(
+        None, ge=0, le=10_000, description="0: no limit; default: 1.1 with zero-computation experts, else 0"
+    )
+    gating_residuals: bool | None = Field(None, description="default: with zero-computation experts")
+    router: Literal["linear", "tanh_mlp"] = "linear"
+    drop_zero_gates: bool = False
+    input_scale: Number = Field(1.0, gt=0, le=10_000, description="factor on what the experts read")
+
+    @model_validator(mode="after")
+    def _check_zero_computation(self) -> FeedForwardRecipe:
+        if self.zero_computation is None:
+            given = [name for name in ("tau", "drop_zero_gates") if getattr(self, name)]
+            if given:
+                raise ValueError(
+                    f"{' and '.join(given)}: only for zero-computation experts; add "
+                    "zero_computation: {zero: 1, copy: 1, constant: 2}, or leave it out"
+                )
+        elif self.zero_computation.total == 0:
+            raise ValueError("zero_computation has no experts: give zero, copy or constant a number, or leave it out")
+        elif self.routing == "soft":
+            raise ValueError(
+                "zero_computation saves work only where experts are selected, and routing is soft: use top_k"
+            )
+        if self.routing == "soft" and self.capacity_factor:
+            raise ValueError("capacity_factor limits selected experts, and routing is soft: use top_k, or leave it out")
+        return self
+
+    @property
+    def num_zero_computation(self) -> int:
+        """Zero, copy and constant experts together."""
+        return 0 if self.zero_computation is None else self.zero_computation.total
 
 
 class RouterRecipe(StrictModel):
@@ -67,8 +120,10 @@ class SharedWeightsRecipe(StrictModel):
 
 
 # Each paper's own feed-forward routing: BAM section 3 (top-1, not renormalised), BTX section 2.2 (top-2,
-# renormalised), sparse upcycling section 2 (renormalised gates keep the dense function at step 0).
+# renormalised), sparse upcycling section 2 (renormalised gates keep the dense function at step 0); with
+# zero-computation experts MoE++ section 3 (top-2, not renormalised).
 _FEED_FORWARD_DEFAULTS = {"bam": (1, False), "btx": (2, True), "sparse": (2, True)}
+_ZERO_COMPUTATION_DEFAULT = (2, False)
 
 
 class Recipe(StrictModel):
@@ -108,8 +163,8 @@ class Recipe(StrictModel):
         return self
 
     def _complete_feed_forward(self) -> None:
-        routed, seats = self.feed_forward, self.num_seats
-        top_k, renormalised = _FEED_FORWARD_DEFAULTS[self.recipe]
+        routed, seats, zeros = self.feed_forward, self.num_seats, self.feed_forward.num_zero_computation
+        top_k, renormalised = _ZERO_COMPUTATION_DEFAULT if zeros else _FEED_FORWARD_DEFAULTS[self.recipe]
         if routed.routing == "soft":
             if routed.num_experts_per_tok not in (None, seats):
                 raise ValueError(
@@ -119,13 +174,21 @@ class Recipe(StrictModel):
                 routed.norm_topk_prob = False
             return
         if routed.num_experts_per_tok is None:
-            routed.num_experts_per_tok = min(top_k, seats)
+            routed.num_experts_per_tok = min(top_k, seats + zeros)
         if routed.norm_topk_prob is None:
             # A single selected expert with renormalised gates would leave its router without a gradient.
             routed.norm_topk_prob = renormalised and routed.num_experts_per_tok > 1
-        if routed.num_experts_per_tok > seats:
+        if routed.num_experts_per_tok > seats + zeros:
+            more = f" and {zeros} zero-computation experts" if zeros else ""
             raise ValueError(
                 f"feed_forward.num_experts_per_tok is {routed.num_experts_per_tok} but there are {seats} expert seats"
+                f"{more}"
+            )
+        has_zero = routed.zero_computation is not None and routed.zero_computation.zero > 0
+        if routed.drop_zero_gates and not (routed.norm_topk_prob and has_zero):
+            raise ValueError(
+                "feed_forward.drop_zero_gates leaves zero experts out of the normalisation of the gates: it needs "
+                "norm_topk_prob: true and zero experts"
             )
 
     def _check_attention(self) -> None:

@@ -5,6 +5,7 @@ Shapes: A attention experts, E feed-forward experts, H query heads and J key/val
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -33,7 +34,7 @@ from bamoe.families import DenseFamily
 from bamoe.families.family import STANDARD_NAMES
 from bamoe.modeling.configuration_bamoe import BamoeConfig
 from bamoe.recipes.merging import Mean
-from bamoe.recipes.router_init import Normal
+from bamoe.recipes.router_init import HIDDEN_LAYER, Normal, Zeros
 from bamoe.recipes.schema import Recipe
 from bamoe.recipes.sources import SEED_LABEL, expert_label
 
@@ -47,8 +48,8 @@ GROUPS: Mapping[Group, tuple[str, ...]] = {
     "rest": ("embedding", "final_norm", "head", "input_norm", "post_attention_norm"),
 }
 
-# Where each role goes in the mixture: under its usual name, but for the output bias, one per expert. Routers and
-# stacked feed-forward weights are added below.
+# Where each role goes in the mixture: under its usual name, but for the output bias, one per expert. Routers, constant
+# experts and stacked feed-forward weights are added below.
 _TARGETS = {role: name for role, name in STANDARD_NAMES.items() if role not in GROUPS["feed_forward"]} | {
     "output_bias": "model.layers.{layer}.self_attn.output_bias"
 }
@@ -94,7 +95,16 @@ def mixture_config(recipe: Recipe, dense: Mapping[str, Any]) -> BamoeConfig:
         "num_experts_per_tok": feed_forward.num_experts_per_tok,
         "norm_topk_prob": feed_forward.norm_topk_prob,
         "routed_scaling_factor": feed_forward.routed_scaling_factor,
+        "expert_capacity_factor": feed_forward.capacity_factor,
+        "gating_residuals": feed_forward.gating_residuals,
+        "feed_forward_router": feed_forward.router,
+        "drop_zero_gates": feed_forward.drop_zero_gates,
+        "expert_input_scale": feed_forward.input_scale,
     }
+    if (added := feed_forward.zero_computation) is not None:
+        fields |= {f"num_{kind}_experts": count for kind, count in added.model_dump().items()}
+    if feed_forward.tau is not None:
+        fields["zero_computation_tau"] = feed_forward.tau
     try:
         return BamoeConfig(**fields)
     except ValueError as error:
@@ -190,9 +200,12 @@ class _Planner:
                     if role in self.shapes and "{layer}" in _TARGETS[role]:
                         yield self._tensor(role, layer, group)
             if self.config.num_attention_experts > 1:
-                yield self._router(f"model.layers.{layer}.self_attn.gate.weight", self.config.num_attention_experts)
+                yield self._random(
+                    f"model.layers.{layer}.self_attn.gate.weight",
+                    (self.config.num_attention_experts, self.config.hidden_size),
+                )
             if self.config.num_routed_experts > 1:
-                yield self._router(f"model.layers.{layer}.mlp.gate.weight", self.config.num_routed_experts)
+                yield from self._feed_forward_router(layer)
             yield from self._feed_forward_experts(layer)
         yield self._tensor("final_norm", None, "rest")
         if "head" in self.shapes:
@@ -247,10 +260,27 @@ class _Planner:
         prefix = f"model.layers.{layer}.mlp.experts"
         yield PlannedTensor(f"{prefix}.gate_up_proj", (experts, 2 * inner, width), self.dtype, Rows(gate_up))
         yield PlannedTensor(f"{prefix}.down_proj", (experts, width, inner), self.dtype, Rows(down))
+        if constants := self.config.num_constant_experts:
+            prefix = f"model.layers.{layer}.mlp.zero_computation"
+            yield self._random(f"{prefix}.constant_gate", (constants, 2, width))
+            yield self._random(f"{prefix}.constant_value", (constants, width))
 
-    def _router(self, name: str, experts: int) -> PlannedTensor:
-        width, router = self.config.hidden_size, self.recipe.router
-        return PlannedTensor(name, (experts, width), self.dtype, Normal(name, experts, width, router.std, router.seed))
+    def _feed_forward_router(self, layer: int) -> Iterator[PlannedTensor]:
+        """Random, as every router; but gating residuals start at 0, so that each router first decides alone."""
+        config, prefix = self.config, f"model.layers.{layer}.mlp.gate"
+        experts, width = config.num_routed_experts, config.hidden_size
+        if config.feed_forward_router == "tanh_mlp":
+            inner = HIDDEN_LAYER * experts
+            yield self._random(f"{prefix}.inner_weight", (inner, width))
+            width = inner
+        yield self._random(f"{prefix}.weight", (experts, width))
+        if config.gating_residuals and layer > 0:
+            name = f"{prefix}.residual_weight"
+            yield PlannedTensor(name, (experts, experts), self.dtype, Zeros(experts, experts))
+
+    def _random(self, name: str, shape: Shape) -> PlannedTensor:
+        rows, router = math.prod(shape[:-1]), self.recipe.router
+        return PlannedTensor(name, shape, self.dtype, Normal(name, rows, shape[-1], router.std, router.seed))
 
     def _source(self, label: str, role: str, layer: int | None) -> Source:
         return Source(label, self.family.name(role, layer))

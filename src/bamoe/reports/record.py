@@ -25,6 +25,7 @@ class RunRecord:
 
     routing: `[kind][domain][layer]`, the fields of `evaluation.routing.LayerRouting`; None for a dense model.
     specialization: `[kind][layer]`, the fields of `evaluation.specialization.LayerSpecialization`, where it was taken.
+    token_classes: `[kind][class]`, the fields of `evaluation.token_classes.TokenClassRouting`, where they were taken.
     loss_curve, validation_curve: (tokens of the row's own training, cross-entropy or average perplexity).
     command: what makes these numbers again.
     """
@@ -40,6 +41,7 @@ class RunRecord:
     seconds: float
     command: str
     specialization: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
+    token_classes: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None
 
 
 @dataclass(frozen=True)

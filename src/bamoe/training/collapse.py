@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from bamoe.evaluation.routing import collapsed
+from bamoe.evaluation.routing import LayerRouting, collapsed
 
-# With fewer assignments per expert, a tenth of the uniform share may be chance.
+# With fewer assignments to an expert at its balanced share, a tenth of that may be chance.
 ENOUGH_ASSIGNMENTS = 100
 
 
@@ -27,9 +27,13 @@ class CollapseWatch:
         self._warns = warns
         self._known: set[str] = set()
 
-    def logs(self, loads: Mapping[str, Sequence[float]], step: int) -> dict[str, Any]:
-        """What the log line of `step` says about these routers: their names, and shares of the assignments (E,)."""
-        found = {router: finding for router, load in loads.items() if (finding := collapsed(load)) is not None}
+    def logs(self, routers: Mapping[str, LayerRouting], step: int) -> dict[str, Any]:
+        """What the log line of `step` says about these routers, by their names."""
+        found = {
+            router: finding
+            for router, layer in routers.items()
+            if (finding := collapsed(layer.load, layer.balanced_load)) is not None
+        }
         new = [f"{router}: {found[router]}" for router in found if router not in self._known]
         self._known = set(found)
         if new and self._warns:
@@ -39,7 +43,7 @@ class CollapseWatch:
                 CollapseWarning,
                 stacklevel=2,
             )
-        logs: dict[str, Any] = {"collapsed_routers": len(found)} if loads else {}
+        logs: dict[str, Any] = {"collapsed_routers": len(found)} if routers else {}
         if found:
             logs["warnings"] = "; ".join(f"{router}: {finding}" for router, finding in found.items())
         return logs

@@ -22,6 +22,8 @@ class TrainResult:
     """A finished run: the model's directory, the tokens and steps it took, the last logged loss, the log.
 
     `seconds` is the wall-clock time of the steps, over all parts of a resumed run, without evaluations and checkpoints.
+    `dropped_assignments` is the last logged share of assignments that experts at their capacity did not take; None
+    without capacities.
     """
 
     output: Path
@@ -30,6 +32,7 @@ class TrainResult:
     final_loss: float
     log: Path
     seconds: float
+    dropped_assignments: float | None = None
 
 
 def train(
@@ -134,7 +137,7 @@ def train(
         if config.keep_optimizer:
             state_file = folder.staging / OPTIMIZER_STATE
             save_optimizer_state(state_file, trainer.model, trainer.optimizer, write=arguments.process_index == 0)
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
         if arguments.process_index == 0:
             (folder.staging / "training_args.bin").unlink()  # a pickle; training_config.json says the same
             origin = resolve(config.model) / PROVENANCE_FILE
@@ -146,9 +149,10 @@ def train(
         output=folder.output,
         tokens=config.steps * config.batch_tokens,
         steps=config.steps,
-        final_loss=losses[-1],
+        final_loss=last["loss"],
         log=folder.output / TRAINING_LOG,
         seconds=stopwatch.seconds,
+        dropped_assignments=last.get("dropped_assignments"),
     )
 
 

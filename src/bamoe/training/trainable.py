@@ -24,7 +24,7 @@ Part: TypeAlias = Literal["routers", "experts", "shared"]
 PARTS: tuple[Part, ...] = ("routers", "experts", "shared")
 
 _ROUTER = re.compile(r"\b(?:mlp|self_attn)\.gate\.")
-_FEED_FORWARD_EXPERT = re.compile(r"\bmlp\.experts\.")
+_FEED_FORWARD_EXPERT = re.compile(r"\bmlp\.(?:experts|zero_computation)\.")
 _QUERY_SIDE = re.compile(r"\bself_attn\.(?:q_proj|q_norm|o_proj|output_bias)\b")
 _KEY_VALUE_SIDE = re.compile(r"\bself_attn\.(?:k_proj|k_norm|v_proj)\b")
 

@@ -79,6 +79,7 @@ class BlockTrainer(Trainer):
         self.parts = TrainableParts(config, model)
         self.routers = router_statistics(model.config)
         self.router_losses: dict[str, list[torch.Tensor]] = {}
+        self.dropped: torch.Tensor | None = None  # (layers, 2): assignments that were dropped, and all
         # The Trainer would refuse to checkpoint the optimizer of a model spread over processes; this one can.
         args.save_only_model = True
         super().__init__(
@@ -153,7 +154,19 @@ class BlockTrainer(Trainer):
             for name in ("aux_loss", "z_loss"):
                 if (value := getattr(outputs, name, None)) is not None:
                     self.router_losses.setdefault(name, []).append(value.detach())
+            self._count_dropped(outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _count_dropped(self, outputs: Any) -> None:
+        """Add the assignments that experts at their capacity did not take, where the model has capacities."""
+        if (dropped := getattr(outputs, "dropped_assignments", None)) is None:
+            return
+        top_k = self.routers["feed_forward"].top_k or 0
+        counts = torch.stack([
+            torch.stack([layer.sum(), layer.new_tensor(top_k * len(logits))])
+            for layer, logits in zip(dropped, outputs.router_logits, strict=True)
+        ]).double()  # fmt: skip
+        self.dropped = counts if self.dropped is None else self.dropped + counts
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens seen and router statistics to what the Trainer logs."""
@@ -172,26 +185,38 @@ class BlockTrainer(Trainer):
             coefficients = {"aux_loss": "router_aux_loss_coef", "z_loss": "router_z_loss_coef"}
             weighted = sum(getattr(model_config, coefficients[name], 0.0) * value for name, value in logs.items())
             logs["cross_entropy"] = loss - weighted
-        loads = {}
+        judged_layers = {}
         for kind, statistics in self.routers.items():
             if statistics.sums is None:
                 continue
             # Tensor-parallel processes have counted the same tokens.
             statistics.sums = self.accelerator.reduce(statistics.sums, "sum") / self.get_tp_size()
             # A soft router runs every expert, and the first step shows it as it was made.
-            per_expert = statistics.sums[-1].mean() * (statistics.top_k or 0) / statistics.sums.shape[-1]
-            judged = self.state.global_step > 1 and per_expert >= ENOUGH_ASSIGNMENTS
+            assigned = float(statistics.sums[-1].mean()) * (statistics.top_k or 0)
             for number, layer in enumerate(statistics.layers()):
-                if judged:
-                    loads[f"{kind} router of layer {number}"] = layer.load
+                if self.state.global_step > 1 and assigned * min(layer.balanced_load) >= ENOUGH_ASSIGNMENTS:
+                    judged_layers[f"{kind} router of layer {number}"] = layer
                 prefix = f"{kind}_router/layer_{number}"
                 logs[f"{prefix}/load_min"] = min(layer.load)
                 logs[f"{prefix}/load_max"] = max(layer.load)
                 logs[f"{prefix}/load_entropy"] = layer.load_entropy
                 logs[f"{prefix}/token_entropy"] = layer.token_entropy
+                if statistics.zero_computation is not None:
+                    logs[f"{prefix}/experts_per_token"] = layer.experts_per_token
             statistics.sums = None
         self.router_losses.clear()
-        return logs | self.collapse.logs(loads, self.state.global_step)
+        return logs | self._dropped_logs() | self.collapse.logs(judged_layers, self.state.global_step)
+
+    def _dropped_logs(self) -> dict[str, float]:
+        """The share of the feed-forward assignments that were dropped, in all and by layer; nothing without limits."""
+        if self.dropped is None:
+            return {}
+        dropped, assigned = self.accelerator.reduce(self.dropped, "sum").cpu().unbind(dim=1)
+        self.dropped = None
+        logs = {"dropped_assignments": float(dropped.sum() / assigned.sum())}
+        for number, share in enumerate((dropped / assigned).tolist()):
+            logs[f"feed_forward_router/layer_{number}/dropped_assignments"] = share
+        return logs
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Wait for the files of all processes: the one written next says that the checkpoint is whole."""
