@@ -23,8 +23,8 @@ from bamoe.modeling.costs import (
     FlopsPerToken,
     ParameterCounts,
     count_parameters,
-    flops_per_token,
     expected_experts_per_token,
+    flops_per_token,
     kv_cache_bytes_per_token,
 )
 

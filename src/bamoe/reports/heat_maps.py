@@ -17,16 +17,16 @@ _LEFT, _GAP, _WIDEST, _LAYER, _ABOVE, _BELOW = 0.36, 0.1, 1.5, 0.19, 0.42, 0.38
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Shares from 0 to 1, one row per layer and one column per expert."""
+    """Shares of at most 1, one row per layer and one column per expert."""
 
     title: str
     shares: Sequence[Sequence[float]]
 
 
-def heat_maps_svg(groups: Sequence[tuple[str, Sequence[HeatMap]]]) -> bytes:
+def heat_maps_svg(groups: Sequence[tuple[str, Sequence[HeatMap]]], darkest: float = 1.0) -> bytes:
     """Groups of maps below one another, each with its name; percentages are written where there is room.
 
-    All maps have one scale of colours, from 0 to 1.
+    All maps have one scale of colours, from 0 to the share `darkest`.
     """
     from matplotlib.figure import Figure
 
@@ -48,18 +48,18 @@ def heat_maps_svg(groups: Sequence[tuple[str, Sequence[HeatMap]]]) -> bytes:
             for index, heat_map in enumerate(maps):
                 left = _LEFT + index * (width + _GAP)
                 box = (left / SVG_INCHES, bottom / whole, width / SVG_INCHES, height / whole)
-                _draw(figure.add_axes(box), heat_map, first=index == 0)
+                _draw(figure.add_axes(box), heat_map, darkest, first=index == 0)
             top = bottom - _BELOW
         return svg(figure)
 
 
-def _draw(axes: Any, heat_map: HeatMap, first: bool) -> None:
+def _draw(axes: Any, heat_map: HeatMap, darkest: float, first: bool) -> None:
     layers, experts = len(heat_map.shares), len(heat_map.shares[0])
-    axes.pcolormesh(heat_map.shares, cmap="Blues", vmin=0.0, vmax=1.0, linewidth=0)
+    axes.pcolormesh(heat_map.shares, cmap="Blues", vmin=0.0, vmax=darkest, linewidth=0)
     if experts <= _NUMBERED:
         for layer, row in enumerate(heat_map.shares):
             for expert, share in enumerate(row):
-                ink = _DARK_INK if share < 0.7 else _LIGHT_INK
+                ink = _DARK_INK if share < 0.7 * darkest else _LIGHT_INK
                 axes.text(expert + 0.5, layer + 0.5, f"{100 * share:.0f}", color=ink, fontsize=7.5,
                           ha="center", va="center_baseline")  # fmt: skip
     axes.invert_yaxis()  # the first layer at the top, as text is read

@@ -1,4 +1,4 @@
-"""The report of an experiment as files: one self-contained HTML page, and the same as Markdown."""
+"""A report as files: one self-contained HTML page, and the same as Markdown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bamoe.reports.content import report
-from bamoe.reports.document import FIGURES
+from bamoe.reports.document import FIGURES, Document
 
 if TYPE_CHECKING:
     from bamoe.reports.record import ExperimentRecord
@@ -27,12 +27,16 @@ class ReportFiles:
 
 
 def write_report(record: ExperimentRecord, folder: str | Path) -> ReportFiles:
+    """Write the report of an experiment to `folder`; see `write_document`. The same record gives the same bytes."""
+    return write_document(report(record), folder)
+
+
+def write_document(document: Document, folder: str | Path) -> ReportFiles:
     """Write `report.html`, `report.md` and the latter's `figures/` to `folder`, in place of an older report there.
 
-    The same record gives the same bytes. A file is never seen in part: all are written beside their places, then moved.
+    A file is never seen in part: all are written beside their places, then moved.
     """
     folder = Path(folder)
-    document = report(record)
     page, markdown = document.html(), document.markdown()
     figures = {figure.name: figure.svg for figure in document.figures()}
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,43 +1,79 @@
-"""What the routers of an experiment's mixtures did: heat maps, entropies, collapse."""
+"""What the routers of mixtures did: heat maps, entropies, collapse, and the tokens that experts are preferred for."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from bamoe.reports.document import Block, Bullets, Details, Figure, Figures, Paragraph, Section, Subheading, TableBlock
 from bamoe.reports.heat_maps import HeatMap, heat_maps_svg
-from bamoe.reports.record import ExperimentRecord, RowRecord
+from bamoe.reports.record import ExperimentRecord
 from bamoe.reports.row_names import row_names
 from bamoe.reports.table import Column, Table
 
-_KINDS = {"feed_forward": "feed-forward", "attention": "attention"}
+ROUTER_KINDS = {
+    "feed_forward": "feed-forward",
+    "attention": "attention",
+    "encoder": "encoder self-attention",
+    "decoder": "decoder self-attention",
+    "cross": "cross-attention",
+}
 Routing = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
+Specialization = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class RoutedRow:
+    """A model with routers, and what they did, one entry per random seed.
+
+    routings: `[kind][domain][layer]`, the fields of `evaluation.routing.LayerRouting`.
+    specializations: `[kind][layer]`, the fields of `evaluation.specialization.LayerSpecialization`, where taken.
+    """
+
+    name: str
+    seeds: Sequence[int]
+    routings: Sequence[Routing]
+    specializations: Sequence[Specialization] = ()
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of its routers."""
+        return list(self.routings[0])
 
 
 def routing_section(record: ExperimentRecord) -> Section | None:
     """The section on routing; None where no row has routers."""
-    names = row_names(record)
-    rows = [row for row in record.rows if _routings(row)]
+    rows = _routed_rows(record)
     if not rows:
         return None
-    figures = [_heat_maps(row, names[row.key], index) for index, row in enumerate(rows)]
+    figures = [_heat_maps(row, index) for index, row in enumerate(rows)]
     blocks: list[Block] = [Paragraph(_EXPLAINED + _expert_order(record)), Figures(figures)]
-    informed = any(_specializations(row) for row in rows)
+    informed = any(row.specializations for row in rows)
     caption = _ENTROPY_CAPTION + (_INFORMATION_CAPTION if informed else "")
     blocks += [
         Subheading("Entropy and collapse"),
-        TableBlock(_entropies(rows, names, informed), "Entropy of the routers", caption),
+        TableBlock(entropies(rows, _INFORMATION if informed else {}), "Entropy of the routers", caption),
     ]
-    if findings := [finding for row in rows for finding in _collapses(row, names[row.key])]:
-        blocks.append(Bullets(findings))
-    elif len(record.domains) > 1:
-        blocks.append(Paragraph(_HEALTHY))
-    blocks += [details for row in rows if (details := _top_tokens(row, names[row.key]))]
+    if len(record.domains) > 1:  # on one domain's text an uneven load may be what the experts have specialised in
+        blocks.append(collapse_findings(rows, _HEALTHY))
+    blocks += [details for row in rows if (details := top_tokens(row))]
     return Section("Routing", blocks)
+
+
+def _routed_rows(record: ExperimentRecord) -> list[RoutedRow]:
+    names = row_names(record)
+    rows = []
+    for row in record.rows:
+        seeds = [run.seed for run in row.runs if run.routing]
+        routings = [run.routing for run in row.runs if run.routing]
+        if routings:
+            specializations = [run.specialization for run in row.runs if run.specialization]
+            rows.append(RoutedRow(names[row.key], seeds, routings, specializations))
+    return rows
 
 
 _EXPLAINED = (
@@ -59,11 +95,8 @@ _HEALTHY = (
     "share, and none more than 80%."
 )
 _TOP_TOKENS = 5
-_INFORMATION = {
-    "domain_information": "domain info",
-    "token_information": "token info",
-    "chance_information": "by chance",
-}
+TOKEN_INFORMATION = {"token_information": "token info", "chance_information": "by chance"}
+_INFORMATION = {"domain_information": "domain info", **TOKEN_INFORMATION}
 
 
 def _expert_order(record: ExperimentRecord) -> str:
@@ -78,45 +111,38 @@ def _expert_order(record: ExperimentRecord) -> str:
     )
 
 
-def _routings(row: RowRecord) -> list[Routing]:
-    return [run.routing for run in row.runs if run.routing]
-
-
 def _field(routing: Routing, kind: str, domain: str, name: str) -> np.ndarray:
     """One field of all layers: (layers,) or (layers, experts)."""
     return np.array([layer[name] for layer in routing[kind][domain]], dtype=float)
 
 
-def _mean(row: RowRecord, kind: str, domain: str, name: str) -> np.ndarray:
-    return np.mean([_field(routing, kind, domain, name) for routing in _routings(row)], axis=0)
+def _mean(row: RoutedRow, kind: str, domain: str, name: str) -> np.ndarray:
+    return np.mean([_field(routing, kind, domain, name) for routing in row.routings], axis=0)
 
 
-def _heat_maps(row: RowRecord, name: str, index: int) -> Figure:
+def _heat_maps(row: RoutedRow, index: int) -> Figure:
     groups, words = [], []
-    for kind, domains in _routings(row)[0].items():
+    for kind, domains in row.routings[0].items():
         loads = {domain: _mean(row, kind, domain, "load") for domain in domains}
-        groups.append(
-            (
-                f"{name}: {_KINDS.get(kind, kind)} router",
-                [HeatMap(domain, load.tolist()) for domain, load in loads.items()],
-            )
-        )
-        shares = "; ".join(
-            f"{domain} " + ", ".join(f"{100 * share:.0f}%" for share in load.mean(axis=0))
-            for domain, load in loads.items()
-        )
-        words.append(
-            f"{_KINDS.get(kind, kind)} router, mean over layers, share of experts 0 to {_last(loads)}: {shares}"
-        )
-    alt = f"Heat maps of layers by experts for {name}. {'. '.join(words)}."
+        router = f"{ROUTER_KINDS.get(kind, kind)} router"
+        groups.append((f"{row.name}: {router}", [HeatMap(domain, load.tolist()) for domain, load in loads.items()]))
+        shares = "; ".join(f"{domain} {load_in_words(load)}" for domain, load in loads.items())
+        words.append(f"{router}, mean over layers, share of experts 0 to {_last(loads)}: {shares}")
+    alt = f"Heat maps of layers by experts for {row.name}. {'. '.join(words)}."
     return Figure(f"routing-{index}.svg", heat_maps_svg(groups), alt)
+
+
+def load_in_words(load: np.ndarray) -> str:
+    """Percentages of the experts, mean over layers, of a load (layers, experts)."""
+    return ", ".join(f"{100 * share:.0f}%" for share in load.mean(axis=0))
 
 
 def _last(loads: Mapping[str, np.ndarray]) -> int:
     return max(load.shape[1] for load in loads.values()) - 1
 
 
-def _entropies(rows: Sequence[RowRecord], names: Mapping[str, str], informed: bool) -> Table:
+def entropies(rows: Sequence[RoutedRow], information: Mapping[str, str]) -> Table:
+    """Entropies of each kind of router; `information`: titles of the fields of specialisation to show."""
     columns = [
         Column("name", "model", "text"),
         Column("kind", "router", "text"),
@@ -124,34 +150,29 @@ def _entropies(rows: Sequence[RowRecord], names: Mapping[str, str], informed: bo
         Column("least", "least even", "share"),
         Column("layer", "in layer", "text"),
         Column("token", "token entropy", "share"),
-        *(Column(key, title, "fine") for key, title in _INFORMATION.items() if informed),
+        *(Column(key, title, "fine") for key, title in information.items()),
     ]
     records = []
     for row in rows:
-        for kind, domains in _routings(row)[0].items():
-            loads = np.stack([_overall_load(routing, kind) for routing in _routings(row)])  # (seeds, layers, experts)
+        for kind, domains in row.routings[0].items():
+            loads = np.stack([overall_load(routing, kind) for routing in row.routings])  # (seeds, layers, experts)
             most = math.log(max(2, loads.shape[-1]))
-            entropies = -(loads * np.log(loads, where=loads > 0, out=np.zeros_like(loads))).sum(-1).mean(0) / most
+            found = -(loads * np.log(loads, where=loads > 0, out=np.zeros_like(loads))).sum(-1).mean(0) / most
             token = np.mean([_mean(row, kind, domain, "token_entropy") for domain in domains]) / most
             records.append({
-                "name": names[row.key], "kind": _KINDS.get(kind, kind), "load": entropies.mean(),
-                "least": entropies.min(), "layer": int(entropies.argmin()), "token": token,
-                **_information(row, kind),
+                "name": row.name, "kind": ROUTER_KINDS.get(kind, kind), "load": found.mean(),
+                "least": found.min(), "layer": int(found.argmin()), "token": token,
+                **_information(row, kind, information),
             })  # fmt: skip
     return Table(columns, records)
 
 
-def _specializations(row: RowRecord) -> list[Mapping[str, Sequence[Mapping[str, Any]]]]:
-    """`[kind][layer]`, the fields of `evaluation.specialization.LayerSpecialization`, of each run that has them."""
-    return [run.specialization for run in row.runs if run.specialization]
+def _information(row: RoutedRow, kind: str, fields: Mapping[str, str]) -> dict[str, float]:
+    layers = [layer for found in row.specializations for layer in found.get(kind, ())]
+    return {key: float(np.mean([layer[key] for layer in layers])) for key in fields} if layers else {}
 
 
-def _information(row: RowRecord, kind: str) -> dict[str, float]:
-    layers = [layer for found in _specializations(row) for layer in found.get(kind, ())]
-    return {key: float(np.mean([layer[key] for layer in layers])) for key in _INFORMATION} if layers else {}
-
-
-def _top_tokens(row: RowRecord, name: str) -> Details | None:
+def top_tokens(row: RoutedRow) -> Details | None:
     """The tokens that each expert is preferred for, of the first seed: other seeds have other ones."""
     columns = [
         Column("kind", "router", "text"),
@@ -160,33 +181,34 @@ def _top_tokens(row: RowRecord, name: str) -> Details | None:
         Column("tokens", "tokens", "code"),
     ]
     records = [
-        {"kind": _KINDS.get(kind, kind), "layer": number, "expert": expert,
+        {"kind": ROUTER_KINDS.get(kind, kind), "layer": number, "expert": expert,
          "tokens": "  ".join(repr(token["text"]) for token in tokens[:_TOP_TOKENS])}
-        for found in _specializations(row)[:1]
+        for found in row.specializations[:1]
         for kind, layers in found.items()
         for number, layer in enumerate(layers)
         for expert, tokens in enumerate(layer["tokens"])
     ]  # fmt: skip
     if not records:
         return None
-    summary = f"{name}: tokens with the highest mutual information with each expert, first seed"
+    summary = f"{row.name}: tokens with the highest mutual information with each expert, first seed"
     return Details(summary, [TableBlock(Table(columns, records), summary)])
 
 
-def _overall_load(routing: Routing, kind: str) -> np.ndarray:
+def overall_load(routing: Routing, kind: str) -> np.ndarray:
     """(layers, experts): the load over the text of all domains, each counting the same."""
     return np.mean([_field(routing, kind, domain, "load") for domain in routing[kind]], axis=0)
 
 
-def _collapses(row: RowRecord, name: str) -> list[tuple[str, str]]:
+def collapse_findings(rows: Sequence[RoutedRow], healthy: str) -> Block:
+    """The routers that have collapsed over all domains together; the sentence `healthy` where none has."""
     from bamoe.evaluation.routing import collapsed  # with torch, which a report of dense models does not need
 
-    found = []
-    for run in row.runs:
-        for kind, domains in (run.routing or {}).items():
-            if len(domains) < 2:
-                continue  # on one domain's text an uneven load may be what the experts have specialised in
-            for layer, load in enumerate(_overall_load(run.routing or {}, kind)):
-                if problem := collapsed(load.tolist()):
-                    found.append((name, f"{_KINDS.get(kind, kind)} router, layer {layer}, seed {run.seed}: {problem}"))
-    return found
+    found = [
+        (row.name, f"{ROUTER_KINDS.get(kind, kind)} router, layer {layer}, seed {seed}: {problem}")
+        for row in rows
+        for seed, routing in zip(row.seeds, row.routings, strict=True)
+        for kind in routing
+        for layer, load in enumerate(overall_load(routing, kind))
+        if (problem := collapsed(load.tolist(), next(iter(routing[kind].values()))[layer].get("balanced_load")))
+    ]
+    return Bullets(found) if found else Paragraph(healthy)
