@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
+from accelerate import cpu_offload
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -100,8 +102,6 @@ def test_the_kernel_runs_only_the_selected_rows(monkeypatch):
         return kernel(rows, weight, offs=offs)
 
     monkeypatch.setattr(grouped_linear.F, "grouped_mm", counted)
-    monkeypatch.setattr(layer.q_proj, "forward", None)
-    monkeypatch.setattr(layer.o_proj, "forward", None)
     layer(torch.randn(2, 5, WIDTH))
     assert products == [(2 * 5 * 2, 2 * 5 * 2, 5)] * 2
 
@@ -242,6 +242,33 @@ def test_adapters_on_the_projections_are_not_passed_by():
     assert torch.allclose(merged(hidden)[0], after, rtol=1e-4, atol=1e-5)
 
 
+def double_queries(layer: MixtureOfAttention) -> None:
+    layer.q_proj.register_forward_hook(lambda module, arguments, output: 2 * output)
+
+
+def prune_queries(layer: MixtureOfAttention) -> None:
+    torch.nn.utils.prune.random_unstructured(layer.q_proj, "weight", 0.5)
+    with torch.no_grad():
+        layer.q_proj.weight_orig.mul_(2)
+
+
+def offload(layer: MixtureOfAttention) -> None:
+    with torch.no_grad():
+        layer.q_proj.weight.mul_(2)
+    cpu_offload(layer, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("change", [double_queries, prune_queries, offload])
+def test_what_happens_when_a_projection_is_called_happens(change):
+    layer, hidden = sparse_layer(), torch.randn(2, 5, WIDTH)
+    before = layer(hidden)[0]
+    change(layer)
+    after = layer(hidden)[0]
+    layer.config._experts_implementation = "eager"
+    assert torch.allclose(after, layer(hidden)[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(after, before, atol=1e-3)
+
+
 def test_a_width_that_the_kernel_cannot_run():
     layer = sparse_layer(hidden_size=30)
     hidden = torch.randn(2, 5, 30)
@@ -255,8 +282,9 @@ def test_compiled_whole():
     assert torch.allclose(compiled(hidden)[0], layer(hidden)[0], rtol=1e-4, atol=1e-5)
 
 
-def test_autocast_gives_one_dtype():
-    layer, hidden = sparse_layer(), torch.randn(2, 5, WIDTH)
+@pytest.mark.parametrize("width", [32, 36])  # 36 · 4 bytes are a multiple of 16, 36 · 2 are not
+def test_autocast_gives_one_dtype(width):
+    layer, hidden = sparse_layer(hidden_size=width), torch.randn(2, 5, width)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = layer(hidden)[0]
     assert torch.allclose(output.float(), layer(hidden)[0], rtol=0.1, atol=0.1)

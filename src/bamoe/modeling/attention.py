@@ -9,8 +9,8 @@ call, and quantisers, adapters and serving engines work on them unchanged. `head
 
 With top-k routing a token is projected by the selected experts' W_q and W_o only, in one grouped matrix product each.
 The obvious twin projects by all of them and leaves out the others' heads: it is what runs where the kernel cannot
-(`can_group`), where the projections are no plain `nn.Linear` (adapters, quantisation) or are spread over processes, and
-when `config._experts_implementation` is "eager".
+(`can_group`), where the projections are more than a product (`is_plain`: adapters, quantisation, offloading, hooks) or
+are spread over processes, and when `config._experts_implementation` is "eager".
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from transformers.models.cohere import modeling_cohere as interleaved_rope
 from transformers.models.llama import modeling_llama as half_split_rope
 
 from .configuration_attention import AttentionExpertsConfig
-from .grouped_linear import ExpertOrder, can_group, grouped_linear, order_by_expert
+from .grouped_linear import ExpertOrder, can_group, grouped_linear, is_plain, order_by_expert
 from .head_layout import (
     by_expert,
     expand_to_heads,
@@ -170,7 +170,7 @@ class MixtureOfAttention(nn.Module):
 
     def _order(self, routed: RouterOutput | None) -> ExpertOrder | None:
         """The tokens sorted by selected expert, for the grouped products; None where they are not used."""
-        plain = type(self.q_proj) is nn.Linear and type(self.o_proj) is nn.Linear and self.local_heads.ranks == 1
+        plain = is_plain(self.q_proj) and is_plain(self.o_proj) and self.local_heads.ranks == 1
         eager = getattr(self.config, "_experts_implementation", None) == "eager"
         if routed is None or not only_some_run(self.config) or eager or not plain:
             return None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 
 @dataclass
@@ -37,20 +38,48 @@ def grouped_linear(
     rows: torch.Tensor, order: ExpertOrder, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Rows (M, in), sorted by expert, through each one's weight (A, in, out) and bias (A, out): (M, out)."""
-    device = rows.device.type
-    # The kernel is not among those that autocast knows.
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    dtype = compute_dtype(weight)
     output = F.grouped_mm(rows.to(dtype), weight.to(dtype), offs=order.offsets)
     return output if bias is None else output + bias.to(dtype)[order.experts]
 
 
+def compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Autocast's dtype, which it does not apply to this kernel by itself; else the weight's."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 def can_group(*weights: torch.Tensor) -> bool:
-    """Whether the kernel can run weights (A, out, in): rows of 16 bytes, and compiled only in bfloat16."""
-    if torch.compiler.is_compiling() and any(weight.dtype != torch.bfloat16 for weight in weights):
-        return False
-    if any(weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 0) for weight in weights):
-        return False
-    return all(size * weight.element_size() % 16 == 0 for weight in weights for size in weight.shape[1:])
+    """Whether the kernel can run weights (A, out, in): rows of 16 bytes of a type it knows, on a device that has it."""
+    for weight in weights:
+        dtype = compute_dtype(weight)
+        if dtype not in (torch.bfloat16, torch.float32, torch.float16):
+            return False
+        if any(size * dtype.itemsize % 16 for size in weight.shape[1:]):
+            return False
+        if torch.compiler.is_compiling() and weight.dtype != torch.bfloat16:
+            return False
+        if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 0):
+            return False
+    return True
 
 
-__all__ = ["ExpertOrder", "can_group", "grouped_linear", "order_by_expert"]
+def is_plain(projection: nn.Module) -> bool:
+    """Whether a projection is nothing but a product with the weight that it holds.
+
+    Not so with adapters, quantised weights, weights that are made when it is called (offloading, pruning, weight
+    norms), and where somebody listens to it.
+    """
+    return (
+        type(projection) is nn.Linear
+        and type(projection.weight) in (nn.Parameter, torch.Tensor)
+        and not projection.weight.is_meta
+        and "forward" not in vars(projection)
+        and not projection._forward_hooks
+        and not projection._forward_pre_hooks
+        and not projection._backward_hooks
+        and not projection._backward_pre_hooks
+    )
+
+
+__all__ = ["ExpertOrder", "can_group", "grouped_linear", "is_plain", "order_by_expert"]
