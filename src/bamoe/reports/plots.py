@@ -43,13 +43,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves that share their axes."""
+    """Curves that share their axes; `whole_x`: only whole numbers are marked along x."""
 
     title: str
     x_label: str
     y_label: str
     curves: Sequence[Curve]
     log_scale: bool = False
+    whole_x: bool = False
 
 
 def curve_looks(names: Iterable[str]) -> dict[str, Look]:
@@ -130,6 +131,10 @@ def _draw(axes: Any, panel: Panel, looks: Mapping[str, Look]) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
+    if panel.whole_x:
+        from matplotlib.ticker import MaxNLocator
+
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(panel.title, loc="left", fontsize=11)
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
