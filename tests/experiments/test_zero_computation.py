@@ -59,6 +59,8 @@ def test_rows_with_zero_computation_experts(tmp_path: Path) -> None:
     for name, each in again["token_classes"]["feed_forward"].items():
         assert by_class.records[0][f"mean {name}"] == pytest.approx(fmean(each["experts_per_token"]))
     assert "word start" in by_class.markdown()
+    report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert by_layer.markdown() in report
 
 
 def test_a_row_costs_what_its_mixture_costs_and_its_mistakes_are_named(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ class TokenCosts:
     def varies(self) -> bool:
         """Whether some tokens are computed by more experts than others."""
         return any(
-            layer["experts_per_token"] % 1
+            layer.get("experts_per_token", 0) % 1  # evaluations of earlier versions do not have it
             for routing in self.routings
             for layers in routing.get(_KIND, {}).values()
             for layer in layers

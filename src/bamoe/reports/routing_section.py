@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bamoe.reports.document import Block, Bullets, Details, Figure, Figures, Paragraph, Section, Subheading, TableBlock
+from bamoe.reports.experts_per_token import TokenCosts, experts_per_token_tables
 from bamoe.reports.heat_maps import HeatMap, heat_maps_svg
 from bamoe.reports.record import ExperimentRecord
 from bamoe.reports.row_names import row_names
@@ -60,8 +61,27 @@ def routing_section(record: ExperimentRecord) -> Section | None:
     ]
     if len(record.domains) > 1:  # on one domain's text an uneven load may be what the experts have specialised in
         blocks.append(collapse_findings(rows, _HEALTHY))
+    blocks += _experts_per_token(record)
     blocks += [details for row in rows if (details := top_tokens(row))]
     return Section("Routing", blocks)
+
+
+def _experts_per_token(record: ExperimentRecord) -> list[Block]:
+    """How many feed-forward experts compute a token, where some rows have zero-computation experts."""
+    names = row_names(record)
+    costs = [
+        TokenCosts(
+            names[row.key],
+            [run.routing for run in row.runs if run.routing],
+            [run.token_classes for run in row.runs if run.token_classes],
+        )
+        for row in record.rows
+    ]
+    tables = experts_per_token_tables([cost for cost in costs if cost.routings])
+    if not tables:
+        return []
+    blocks: list[Block] = [Subheading("Feed-forward experts per token"), Paragraph(_ZERO_COMPUTATION)]
+    return blocks + [TableBlock(table, title, title) for title, table in tables.items()]
 
 
 def _routed_rows(record: ExperimentRecord) -> list[RoutedRow]:
@@ -90,8 +110,12 @@ _INFORMATION_CAPTION = (
     "information in nats, mean over layers and random seeds; by chance: the token information that a text of this "
     "length would show were the choice independent of the token."
 )
+_ZERO_COMPUTATION = (
+    "Zero-computation experts follow the feed-forward experts in the maps above: zero, copy, constant. A token that "
+    "selects one of them is computed by one feed-forward expert less."
+)
 _HEALTHY = (
-    "No router collapsed in any seed: over all domains together every expert gets at least a tenth of its uniform "
+    "No router collapsed in any seed: over all domains together every expert gets at least a tenth of its balanced "
     "share, and none more than 80%."
 )
 _TOP_TOKENS = 5
