@@ -7,7 +7,7 @@ TEXT has one JSON object {"text": ...} per line. OUT becomes a model directory.
 
 import argparse
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedTokenizerFast,
@@ -31,7 +31,8 @@ corpus = Corpus(name="text", path=given.text)
 bpe = Tokenizer(models.BPE())
 bpe.pre_tokenizer = pre_tokenizers.ByteLevel()
 bpe.decoder = decoders.ByteLevel()
-special = ["<pad>", "<eos>", "<mask>"]
+# A mask takes the place of a word with the space before it, in training as in a text that someone writes.
+special = ["<pad>", "<eos>", AddedToken("<mask>", lstrip=True)]
 alphabet = pre_tokenizers.ByteLevel.alphabet()
 trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
 bpe.train_from_iterator(read_documents(corpus)["text"], trainer)
@@ -47,6 +48,7 @@ config = BamoeEncoderConfig(
     num_attention_experts=32,  # heads to choose from, with one key and value for all of them
     num_attention_heads=32,
     num_attention_experts_per_tok=8,  # heads that a token chooses
+    attention_scaling_factor=8.0,  # their outputs add up, as in multi-head attention; the paper's 1 learns more slowly
     head_dim=32,
 )
 model = BamoeForMaskedLM(config)

@@ -39,7 +39,7 @@ def gates_of(layer: MixtureOfAttention, token: torch.Tensor) -> list[tuple[int, 
     chosen = probabilities.argsort(descending=True)[: config.num_attention_experts_per_tok].tolist()
     total = sum(probabilities[i] for i in chosen)
     divisor = {None: 1.0, "none": 1.0, "detached": total.detach(), "topk_softmax": total}[config.attention_gate_norm]
-    return [(i, probabilities[i] / divisor) for i in chosen]
+    return [(i, config.attention_scaling_factor * probabilities[i] / divisor) for i in chosen]
 
 
 def normed(vector: torch.Tensor, weight: torch.Tensor, layer: MixtureOfAttention) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""The encoder-decoder of MoA: torch's Transformer as reference, caches, search, padding, losses, export."""
+"""The encoder-decoder of MoA: torch's Transformer as reference, padding, losses, export."""
 
 import copy
-import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -34,8 +34,6 @@ from tests.modeling.moa_models import (
     torch_layer,
     translator,
 )
-
-ENDLESS = {"eos_token_id": None}
 
 
 def padded_source() -> dict[str, torch.Tensor]:
@@ -116,6 +114,50 @@ def test_a_sequence_longer_than_positions_is_refused():
         model(input_ids=random_tokens(1, 3), labels=random_tokens(1, 65))
 
 
+@pytest.mark.parametrize("name", ["position_ids", "token_type_ids"])
+def test_what_is_not_read_is_refused_by_both_stacks(name):
+    model, tokens = translator().model, random_tokens(1, 5)
+    states = model.encoder(tokens).last_hidden_state
+    for stack, inputs in ((model.encoder, {}), (model.decoder, {"encoder_hidden_states": states})):
+        with pytest.raises(ValueError, match=f"{name} is not read here"):
+            stack(input_ids=tokens, **inputs, **{name: torch.zeros_like(tokens)})
+
+
+def test_a_training_step_compiles_whole():
+    model = translator().train()
+    batch = padded_source() | {"labels": random_tokens(2, 6)}
+    other = copy.deepcopy(model)
+    expected = other(**batch).loss
+    expected.backward()
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(**batch).loss
+    found.backward()
+    assert torch.allclose(found, expected, rtol=1e-5)
+    for name, gradient in gradients(other).items():
+        assert torch.allclose(gradients(model)[name], gradient, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_rule_for_sharding_is_for_some_module(tied):
+    model = translator(tie_word_embeddings=tied)
+    names = {re.sub(r"\.\d+", ".*", name) for name, _ in model.named_modules()}
+    assert set(model._fsdp_plan) == {"model.encoder.layers.*", "model.decoder.layers.*"}
+    assert set(model._fsdp_plan) <= names
+
+
+def test_router_losses_of_encoder_outputs_count_if_they_have_logits():
+    model = translator().train()
+    source, labels = padded_source(), random_tokens(2, 6)
+    expected = model(**source, labels=labels)
+    encoded = {wanted: model.model.encoder(**source, output_router_logits=wanted) for wanted in (True, False)}
+    given, without = (
+        model(encoder_outputs=encoded[wanted], attention_mask=source["attention_mask"], labels=labels)
+        for wanted in (True, False)
+    )
+    assert torch.allclose(given.loss, expected.loss)
+    assert torch.allclose(given.aux_loss, expected.aux_loss)
+    assert without.aux_loss < expected.aux_loss - 1
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_source_padding_changes_nothing(backend):
     model = translator(attn_implementation=backend)
@@ -141,106 +183,6 @@ def test_targets_see_no_later_target():
     other[:, 5:] = random_tokens(2, 3)
     left, right = (model(input_ids=source, decoder_input_ids=each).logits[:, :5] for each in (target, other))
     assert torch.allclose(left, right, atol=1e-5)
-
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("changes", [{}, {"attention_key_value": "experts"}, DENSE], ids=["MoA", "KV experts", "dense"])
-def test_greedy_decoding_from_the_cache_is_the_whole_forward(cache, changes):
-    model, source = translator(**changes), padded_source()
-    generated = model.generate(
-        **source,
-        max_new_tokens=6,
-        do_sample=False,
-        cache_implementation=cache,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **ENDLESS,
-    )
-    whole = model(**source, decoder_input_ids=generated.sequences[:, :-1], use_cache=False).logits
-    assert torch.allclose(torch.stack(generated.logits, dim=1), whole, atol=1e-5)
-    assert torch.equal(generated.sequences[:, 1:], whole.argmax(-1))
-
-
-def test_decoding_in_pieces_keeps_the_caches_of_one_expert():
-    model, source, target = translator(), padded_source(), random_tokens(2, 7)
-    whole = model(**source, decoder_input_ids=target)
-    first = model(**source, decoder_input_ids=target[:, :4], use_cache=True)
-    cache = first.past_key_values
-    rest = model(
-        attention_mask=source["attention_mask"],
-        encoder_outputs=(first.encoder_last_hidden_state,),
-        decoder_input_ids=target[:, 4:],
-        past_key_values=cache,
-    )
-    logits = torch.cat([first.logits, rest.logits], dim=1)
-    assert torch.allclose(logits, whole.logits, atol=1e-5)
-    shapes = {
-        (each.layers[i].keys.shape, each.layers[i].values.shape)
-        for each in (cache.self_attention_cache, cache.cross_attention_cache)
-        for i in range(3)
-    }
-    assert shapes == {((2, 1, 7, 8),) * 2, ((2, 1, 9, 8),) * 2}  # one head of 8, whatever E and k are
-
-
-def log_probability(model, source, tokens: torch.Tensor) -> torch.Tensor:
-    """Of each token of `tokens` (N, T) after the start token, by a forward pass of the whole."""
-    given = {name: value.expand(len(tokens), -1) for name, value in source.items()}
-    logits = model(**given, decoder_input_ids=tokens[:, :-1], use_cache=False).logits
-    return logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-
-
-def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all_sequences():
-    model = translator(vocab_size=6)
-    source = {"input_ids": random_tokens(1, 5, vocab_size=6)}
-    every = torch.tensor([[2, *tokens] for tokens in itertools.product(range(6), repeat=3)])
-    scores = log_probability(model, source, every).sum(-1)
-    best = model.generate(
-        **source,
-        num_beams=36,
-        max_new_tokens=3,
-        do_sample=False,
-        output_scores=True,
-        return_dict_in_generate=True,
-        **ENDLESS,
-    )
-    assert torch.equal(best.sequences[0], every[scores.argmax()])
-    assert best.sequences_scores[0].item() == pytest.approx(scores.max().item() / 3, rel=1e-4)
-
-
-def test_beam_scores_are_those_of_the_whole_forward():
-    model, source = translator(), padded_source()
-    settings = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 6, "do_sample": False}
-    end = int(model.generate(**source, **settings, **ENDLESS)[0, 3])  # so that some beams end early
-    output = model.generate(
-        **source,
-        **settings,
-        eos_token_id=end,
-        length_penalty=0.6,
-        output_scores=True,
-        return_dict_in_generate=True,
-    )
-    lengths = set()
-    for row, (tokens, score) in enumerate(zip(output.sequences, output.sequences_scores, strict=True)):
-        sentence = {name: value[row // 3][None] for name, value in source.items()}
-        ends = (tokens == end).nonzero()
-        length = int(ends[0]) if len(ends) else len(tokens) - 1
-        total = log_probability(model, sentence, tokens[None, : length + 1]).sum()
-        assert score.item() == pytest.approx(total.item() / length**0.6, rel=1e-4)
-        lengths.add(length)
-    assert len(lengths) > 1
-
-
-def test_beam_search_with_router_logits_on_request():
-    model, source = translator(output_router_logits=True), padded_source()
-    expected = translator_like(model, output_router_logits=False).generate(**source, num_beams=2, max_new_tokens=4)
-    assert torch.equal(model.generate(**source, num_beams=2, max_new_tokens=4), expected)
-
-
-def translator_like(model: BamoeForConditionalGeneration, **changes) -> BamoeForConditionalGeneration:
-    """The same weights under a changed config."""
-    other = translator(**changes)
-    other.load_state_dict(model.state_dict())
-    return other
 
 
 def test_labels_are_shifted_right():

@@ -125,6 +125,13 @@ def test_a_sequence_longer_than_positions_is_refused():
         masked_lm()(random_tokens(1, 65))
 
 
+@pytest.mark.parametrize("name", ["position_ids", "token_type_ids"])
+def test_what_is_not_read_is_refused(name):
+    tokens = random_tokens(1, 5)
+    with pytest.raises(ValueError, match=f"{name} is not read here"):
+        masked_lm()(tokens, **{name: torch.zeros_like(tokens)})
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_padding_changes_nothing(backend):
     model = masked_lm(attn_implementation=backend)

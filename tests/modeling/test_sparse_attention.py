@@ -51,6 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "all": {"top_k": 5},
     "none": {"attention_gate_norm": "none"},
     "topk-softmax": {"attention_gate_norm": "topk_softmax"},
+    "scaled": {"attention_scaling_factor": 2.0},
 }
 
 

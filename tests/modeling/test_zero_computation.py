@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers.integrations import moe
 
+from bamoe.modeling.costs import expected_experts_per_token
 from bamoe.modeling.feed_forward import MixtureOfFeedForward
 from bamoe.modeling.losses import router_losses
 from bamoe.modeling.routing import FeedForwardRouter, limit_assignments
@@ -315,9 +316,9 @@ def test_a_router_with_residuals_needs_the_layer_before():
         ({"feed_forward_routing": "soft", "num_experts_per_tok": None}, "4 zero-computation experts .*use top_k"),
         ({"num_copy_experts": -1}, "num_copy_experts must be 0 or a positive integer, found -1"),
         ({"num_zero_experts": 1.5}, "num_zero_experts must be 0 or a positive integer, found 1.5"),
-        ({"zero_computation_tau": 0}, "zero_computation_tau must be more than 0, found 0"),
-        ({"zero_computation_tau": "high"}, "zero_computation_tau must be a number, found 'high'"),
-        ({"expert_capacity_factor": -0.5}, "expert_capacity_factor must be at least 0, found -0.5"),
+        ({"zero_computation_tau": 0}, "zero_computation_tau must be a number greater than 0, found 0"),
+        ({"zero_computation_tau": "high"}, "zero_computation_tau must be a number greater than 0, found 'high'"),
+        ({"expert_capacity_factor": -0.5}, "expert_capacity_factor must be a number of at least 0, found -0.5"),
         ({"expert_input_scale": float("nan")}, "expert_input_scale must be a number"),
         ({"feed_forward_router": "deep"}, "feed_forward_router must be one of"),
         ({"gating_residuals": 1}, "gating_residuals must be true or false, found 1"),
@@ -336,6 +337,48 @@ def test_router_options_without_a_router_are_refused(changes):
     (name,) = changes
     with pytest.raises(ValueError, match=f"{name} = .* there is no feed-forward router"):
         tiny_config(num_experts=1, num_experts_per_tok=1, **changes)
+
+
+@pytest.mark.parametrize(
+    ("experts", "zeros", "top_k", "tau", "shares"),
+    [
+        (1, 1, 2, 0.75, (1 / 2, 1 / 2)),  # everything is selected
+        (4, 2, 6, 2.0, (1 / 6,) * 6),
+        (4, 2, 5, 2.0, (0.2, 0.2, 0.2, 0.2, 0.1, 0.1)),  # 4 take 8/10 in the end
+        (4, 1, 3, 0.1, (1 / 6, 1 / 6, 1 / 6, 1 / 6, 1 / 3)),  # by η the last would have 10/14
+        (3, 1, 3, 3.0, (0.3, 0.3, 0.3, 0.1)),  # no limit
+    ],
+)
+def test_a_token_selects_an_expert_at_most_once(experts, zeros, top_k, tau, shares):
+    config = tiny_config(
+        num_experts=experts, num_zero_experts=zeros, num_experts_per_tok=top_k, zero_computation_tau=tau
+    )
+    assert config.expert_shares == pytest.approx(shares)
+    assert expected_experts_per_token(config) == pytest.approx(top_k * sum(shares[:experts]))
+
+
+DROPPING = {"norm_topk_prob": True, "drop_zero_gates": True, "num_zero_experts": 2, "num_constant_experts": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "blind"),
+    [
+        (DROPPING | {"num_experts": 1, "num_copy_experts": 0}, True),
+        (DROPPING | {"num_experts": 1, "num_copy_experts": 1}, False),
+        (DROPPING | {"num_experts": 2, "num_copy_experts": 0}, False),
+        (DROPPING | {"num_experts": 1, "num_copy_experts": 0, "drop_zero_gates": False}, False),
+    ],
+)
+def test_a_router_that_weighs_one_expert_alone_is_blind(changes, blind):
+    """Its gate is 1 where it is selected, whatever the logits."""
+    config = tiny_config(**changes)
+    assert config.task_blind_routers == (("mlp.gate",) if blind else ())
+    mixture = MixtureOfFeedForward(config)
+    for parameter in mixture.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    loss = mixture(torch.randn(1, 40, 32))[0].square().sum()
+    loss.backward()
+    assert bool(mixture.gate.weight.grad.abs().max() < 1e-5 * loss) == blind
 
 
 def test_what_is_derived():

@@ -137,6 +137,46 @@ def test_compiles_without_graph_breaks(training, backend):
     assert torch.allclose(compiled(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("changes", [{}, PAPER | {"expert_capacity_factor": 0.8}], ids=["plain", "MoE++"])
+def test_a_training_step_compiles_whole(changes):
+    # transformers 5.17 cannot compile the gradient of its grouped products on a CPU.
+    model, tokens = tiny_model(**changes, experts_implementation="batched_mm"), random_tokens(2, 8)
+    loss, expected = loss_and_gradients(model, tokens)
+    compiled = torch.compile(model.train(), fullgraph=True, backend="aot_eager")
+    found_loss, found = loss_and_gradients(compiled, tokens)
+    assert found_loss == pytest.approx(loss, rel=1e-5)
+    for name, gradient in expected.items():
+        assert torch.allclose(found[f"_orig_mod.{name}"], gradient, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("routing", ["top_k", "soft"])
+def test_one_expert_is_scaled_too(routing):
+    one = {"num_experts": 1, "num_experts_per_tok": 1, "feed_forward_routing": routing}
+    scaled = tiny_model(**one, routed_scaling_factor=2.5).model.layers[0].mlp
+    plain = copy.deepcopy(scaled)
+    plain.scale = 1.0
+    hidden_states = torch.randn(2, 5, 32)
+    assert torch.allclose(scaled(hidden_states)[0], 2.5 * plain(hidden_states)[0], atol=1e-5)
+
+
+def test_a_router_of_one_expert_in_an_old_checkpoint_is_left_out(tmp_path):
+    model = tiny_model(num_experts=1, num_experts_per_tok=1)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.mlp.gate.weight"] = torch.randn(1, 32)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, info = BamoeForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    tokens = random_tokens()
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    tensors["model.layers.0.mlp.gates.weight"] = torch.randn(1, 32)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    _, info = BamoeForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["unexpected_keys"] == {"model.layers.0.mlp.gates.weight"}
+    assert not tiny_model()._keys_to_ignore_on_load_unexpected
+
+
 def test_a_checkpoint_without_the_new_weights_is_refused(tmp_path):
     make().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

@@ -8,11 +8,13 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import bamoe
-from bamoe.errors import CompatibilityError, ConfigError
+from bamoe.errors import ConfigError
 from bamoe.modeling import BamoeForCausalLM
 from bamoe.recipes.estimate import estimate, router_parameters
+from bamoe.recipes.model_card import model_card
 from bamoe.recipes.schema import Recipe
 from bamoe.recipes.upcycle import prepare
+from tests.modeling.conftest import tiny_config
 from tests.recipes.test_equivalence import build, dense_model, relative_error
 from tests.reference import ReferenceMixture
 
@@ -58,6 +60,9 @@ def test_routing_is_that_of_the_papers_unless_said_otherwise() -> None:
     plain, plus = (Recipe.read(with_feed_forward(**changes)).feed_forward for changes in ({}, PLUS["feed_forward"]))
     assert (plain.num_experts_per_tok, plain.norm_topk_prob) == (2, True)
     assert (plus.num_experts_per_tok, plus.norm_topk_prob) == (2, False)
+    # Where all experts were selected, none would be saved.
+    pair = {"recipe": "sparse", "seed": "-", "num_experts": 1, "feed_forward": {"zero_computation": {"zero": 1}}}
+    assert Recipe.read(pair).feed_forward.num_experts_per_tok == 1
     said = with_feed_forward(zero_computation=KINDS, num_experts_per_tok=7, norm_topk_prob=True)
     routed = Recipe.read(said).feed_forward
     assert (routed.num_experts_per_tok, routed.norm_topk_prob) == (7, True)
@@ -198,11 +203,30 @@ def test_constants_are_random_by_the_recipes_seed_and_the_card_says_what_there_i
     assert "| capacity while training | 1.1 times" in card
 
 
+def test_the_card_of_sparse_attention_and_one_feed_forward() -> None:
+    recipe = Recipe.read({"recipe": "sparse", "seed": "-", "num_experts": 1})
+    attention = {"attention_routing": "top_k", "num_attention_experts_per_tok": 2, "attention_gate_norm": "none"}
+    card = model_card(recipe, tiny_config(num_experts=1, num_experts_per_tok=1, **attention), {})
+    assert "| attention experts | 3, 2 per token (top_k routing; gate_norm: none; keys and values: experts) |" in card
+    assert "| feed-forward | one for all tokens |" in card
+    assert "gate_norm" not in model_card(recipe, tiny_config(), {})
+
+
+def test_the_older_name_of_gate_norm_is_explained() -> None:
+    for value in (True, False):
+        recipe = with_feed_forward() | {"recipe": "bam", "attention": {"norm_topk_prob": value}}
+        with pytest.raises(ConfigError, match=r"attention: norm_topk_prob is gate_norm here: true is .*topk_softmax"):
+            Recipe.read(recipe)
+
+
 def test_a_router_of_one_expert_cannot_have_residuals(tmp_path: Path) -> None:
     dense_model("llama", 0).save_pretrained(tmp_path / "dense")
     recipe = {"recipe": "sparse", "seed": str(tmp_path / "dense"), "num_experts": 1}
-    with pytest.raises(CompatibilityError, match="there is no feed-forward router"):
-        prepare({**recipe, "feed_forward": {"gating_residuals": True}})
+    for needless in ({"gating_residuals": True}, {"router": "tanh_mlp"}, {"capacity_factor": 1.1}):
+        (key,) = needless
+        with pytest.raises(ConfigError, match=rf"feed_forward\.{key}.*one expert seat has no feed-forward router"):
+            Recipe.read({**recipe, "feed_forward": needless})
+    Recipe.read({**recipe, "feed_forward": {"gating_residuals": False, "capacity_factor": 0}})
     with pytest.warns(UserWarning, match="tokenizer"):
         out = bamoe.upcycle({**recipe, **PLUS}, tmp_path / "one")
     assert isinstance(LlamaForCausalLM.from_pretrained(tmp_path / "dense"), LlamaForCausalLM)

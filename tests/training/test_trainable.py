@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 from bamoe.checkpoints.loading import load_model
 from bamoe.errors import ConfigError
 from bamoe.training import train
-from bamoe.training.trainable import part_of
+from bamoe.training.config import TrainConfig
+from bamoe.training.trainable import check_trainable, part_of
 from tests.training.test_train import log_of
 from tests.training.tiny import dense, mixture, run_config
 
@@ -151,6 +152,27 @@ def test_frozen_task_blind_routers_are_trained_around(tmp_path: Path) -> None:
     assert changed(model, result.output) == ALL_EXPERTS | NORMS | AROUND
     # Their losses are still there: they reach the trunk through what the routers read.
     assert all(entry["aux_loss"] > 0 for entry in log_of(result.log))
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ({"trainable": "routers"}, "model trains nothing"),
+        (
+            {"stages": [{"trainable": "all", "until_tokens": 64}, {"trainable": ["routers"]}]},
+            "stage 2 of .*model trains nothing",
+        ),
+    ],
+)
+def test_routers_that_there_are_not_cannot_be_all_that_trains(
+    tmp_path: Path, settings: dict[str, Any], where: str
+) -> None:
+    one = {**ONE_ATTENTION, "num_experts": 1, "num_experts_per_tok": 1}
+    model = mixture(tmp_path / "model", **one)
+    with pytest.raises(ConfigError, match=rf"{where}: .*has no router"):
+        train(run_config(tmp_path, model, **settings))
+    both = TrainConfig.read(run_config(tmp_path, model, trainable=["routers", "experts"]))
+    check_trainable(both, load_model(model).config)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ def _expert_rows(experts: dict[str, Any] | None) -> list[tuple[str, str]]:
         return [("experts", "none: a dense model")]
     attention, feed_forward = experts["attention"], experts["feed_forward"]
     routing = attention["routing"] + (f", gates: {norm}" if (norm := attention["gate_norm"]) else "")
-    each = f"{attention['heads']} heads of {attention['head_dim']} each; keys and values: {attention['key_value']}"
+    heads = "1 head" if attention["heads"] == 1 else f"{attention['heads']} heads"
+    each = f"{heads} of {attention['head_dim']} each; keys and values: {attention['key_value']}"
     routed = f"{attention['total']}, {attention['per_token']} per token ({routing}; {each})"
     rows = [("attention", "one, shared by all experts") if attention["total"] == 1 else ("attention experts", routed)]
     if feed_forward is None:

@@ -106,6 +106,7 @@ class MixtureOfAttention(nn.Module):
                 config.num_attention_experts,
                 config.num_attention_experts_per_tok,
                 gate_norm=config.attention_gate_norm or "none",
+                scale=config.attention_scaling_factor,
             )
 
     def forward(

@@ -1,37 +1,54 @@
 """What every architecture with a mixture of attention has in its configuration: heads, experts, routing, losses."""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from .configuration_checks import (
+    FLAG,
+    INTEGER,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_INTEGER,
+    SHARE,
+    TOKEN,
+    TOKENS,
+    Check,
+    one_of,
+)
+
 GATE_NORMS = ("none", "detached", "topk_softmax")
 
+# What other architectures call our fields.
 _NAMES_ELSEWHERE = {
-    "num_local_experts": "num_experts",
-    "n_routed_experts": "num_experts",
-    "moe_num_experts": "num_experts",
-    "moe_intermediate_size": "intermediate_size",
-    "moe_top_k": "num_experts_per_tok",
-    "top_k_experts": "num_experts_per_tok",
-    "num_kv_heads": "num_key_value_heads",
-    "layer_norm_eps": "norm_eps",
-    "layernorm_epsilon": "norm_eps",
-    "aux_loss_coef": "router_aux_loss_coef",
-    "z_loss_coef": "router_z_loss_coef",
-    "norm_topk": "norm_topk_prob",
-    "use_qk_norm": "qk_norm",
-    "d_model": "hidden_size",
-    "d_ff": "intermediate_size",
-    "encoder_ffn_dim": "intermediate_size",
-    "encoder_layers": "num_hidden_layers",
-    "decoder_layers": "num_decoder_layers",
-    "encoder_attention_heads": "num_attention_heads",
-    "decoder_attention_heads": "num_attention_heads",
-    "activation_function": "hidden_act",
-    "hidden_dropout_prob": "dropout",
-    "attention_probs_dropout_prob": "attention_dropout",
+    "hidden_size": ("d_model",),
+    "intermediate_size": ("moe_intermediate_size", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim"),
+    "num_hidden_layers": ("num_layers", "encoder_layers"),
+    "num_decoder_layers": ("decoder_layers",),
+    "num_attention_heads": ("num_heads", "encoder_attention_heads", "decoder_attention_heads"),
+    "num_key_value_heads": ("num_kv_heads",),
+    "head_dim": ("d_kv",),
+    "hidden_act": ("hidden_activation", "activation_function"),
+    "norm_eps": ("layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon"),
+    "qk_norm": ("use_qk_norm",),
+    "dropout": ("dropout_rate", "hidden_dropout_prob"),
+    "attention_dropout": ("attention_probs_dropout_prob", "dropout", "dropout_rate"),
+    "attention_gate_norm": ("gate_norm",),
+    "num_zero_experts": ("zero", "num_zero", "zero_computation"),
+    "num_copy_experts": ("num_copy", "copy_experts"),
+    "num_constant_experts": ("constant", "num_constant"),
+    "expert_capacity_factor": ("capacity", "capacity_factor"),
+    "feed_forward_router": ("router",),
+    "expert_input_scale": ("input_scale",),
+    "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "num_experts_per_tok": ("moe_top_k", "top_k_experts"),
+    "norm_topk_prob": ("norm_topk",),
+    "router_aux_loss_coef": ("aux_loss_coef",),
+    "router_z_loss_coef": ("z_loss_coef",),
+    "zero_computation_tau": ("tau",),
 }
 
 
@@ -49,6 +66,8 @@ class AttentionExpertsConfig(PreTrainedConfig):
         attention_gate_norm: gates of the k selected experts, from the softmax p over all A: "detached", p_i over the
             sum of the selected p, through which no gradient flows (MoA, section 3.1); "none", p_i; "topk_softmax", the
             same values as "detached" with the gradient of the whole. None with soft routing.
+        attention_scaling_factor: factor on the gates of top-k routing. Gates that sum to 1 average the selected
+            experts; where each is a head, k adds them up as multi-head attention does.
         attention_bias: biases on the query, key and value projections.
         attention_output_bias: one output bias per attention expert, mixed by the gate.
         router_aux_loss_coef, router_z_loss_coef: of the load-balance and z losses, added while training.
@@ -59,10 +78,36 @@ class AttentionExpertsConfig(PreTrainedConfig):
     """
 
     default_auto_map: ClassVar[dict[str, str]] = {}
-    sized_by: ClassVar[tuple[str, ...]] = (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
-        *("head_dim", "num_attention_experts"),
-    )
+    # Before anything is derived from a value; one that is left to be derived may be None until then.
+    checks: ClassVar[Mapping[str, Check]] = {
+        "vocab_size": POSITIVE_INTEGER,
+        "hidden_size": POSITIVE_INTEGER,
+        "intermediate_size": POSITIVE_INTEGER,
+        "num_attention_heads": POSITIVE_INTEGER,
+        "num_key_value_heads": POSITIVE_INTEGER,
+        "head_dim": POSITIVE_INTEGER,
+        "max_position_embeddings": POSITIVE_INTEGER,
+        "initializer_range": NOT_NEGATIVE,
+        "use_cache": FLAG,
+        "pad_token_id": TOKEN,
+        "bos_token_id": TOKEN,
+        "eos_token_id": TOKENS,
+        "attention_dropout": SHARE,
+        "attention_bias": FLAG,
+        "attention_output_bias": FLAG,
+        "num_attention_experts": POSITIVE_INTEGER,
+        "attention_key_value": one_of("experts", "shared"),
+        "attention_routing": one_of("soft", "top_k"),
+        "num_attention_experts_per_tok": INTEGER.or_none(),
+        "attention_scaling_factor": POSITIVE,
+        "router_aux_loss_coef": NOT_NEGATIVE,
+        "router_z_loss_coef": NOT_NEGATIVE,
+        "output_router_logits": FLAG,
+        "is_encoder_decoder": one_of(False),
+    }
+    # Fields of another architecture that this one must not ignore, and why it has none of them.
+    foreign_fields: ClassVar[tuple[str, ...]] = ()
+    foreign_because: ClassVar[str] = ""
 
     vocab_size: int = 32000
     hidden_size: int = 1024
@@ -86,6 +131,7 @@ class AttentionExpertsConfig(PreTrainedConfig):
     attention_routing: str = "soft"
     num_attention_experts_per_tok: int | None = None
     attention_gate_norm: str | None = None
+    attention_scaling_factor: float = 1.0
 
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.001
@@ -97,10 +143,13 @@ class AttentionExpertsConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         renormalised = kwargs.pop("attention_norm_topk_prob", None)  # what mixtures of version 0.1 call it
+        FLAG.or_none().refuse("attention_norm_topk_prob", renormalised)
         self._refuse_misspelt(kwargs)
+        self._check_values(derived=False)
         if self.attention_gate_norm is None and self.attention_routing == "top_k":
             self.attention_gate_norm = {None: "detached", False: "none", True: "topk_softmax"}[renormalised]
         self._complete()
+        self._check_values(derived=True)
         self._validate()
         # Saving registers only the class that is saved; the directory of a model with a head serves the others as well.
         self.auto_map = kwargs.pop("auto_map", None) or dict(self.default_auto_map)
@@ -123,10 +172,15 @@ class AttentionExpertsConfig(PreTrainedConfig):
         return 1 if self.attention_key_value == "shared" else self.num_attention_experts
 
     @property
-    def task_blind_routers(self) -> tuple[str, ...]:
-        """Routers whose gates have no gradient from the task: always 1 (top-1, the whole normalised)."""
+    def task_blind_attention(self) -> bool:
+        """Whether the gates of attention have no gradient from the task: always 1 (top-1, the whole normalised)."""
         one_of_several = self.num_attention_experts_per_tok == 1 < self.num_attention_experts
-        return ("self_attn.gate",) * (one_of_several and self.attention_gate_norm == "topk_softmax")
+        return one_of_several and self.attention_gate_norm == "topk_softmax"
+
+    @property
+    def task_blind_routers(self) -> tuple[str, ...]:
+        """Routers whose gates have no gradient from the task."""
+        return ("self_attn.gate",) * self.task_blind_attention
 
     def window_of(self, layer_idx: int) -> int | None:
         """Tokens that attention of a layer looks back at most; None for all."""
@@ -147,35 +201,45 @@ class AttentionExpertsConfig(PreTrainedConfig):
         for key in kwargs:
             if key.startswith("_") or key.endswith("_token_id"):
                 continue
-            elsewhere = _NAMES_ELSEWHERE.get(key)
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-            meant = elsewhere if elsewhere in known else next(iter(close), None)
-            if meant is not None:
-                raise ValueError(f"{type(self).__name__} has no {key!r}; did you mean {meant!r}?")
+            elsewhere = [ours for ours, theirs in _NAMES_ELSEWHERE.items() if key in theirs]
+            close = [
+                name
+                for names in (known, self.foreign_fields)
+                for name in difflib.get_close_matches(key, names, n=1, cutoff=0.8)
+            ]
+            for meant in (key, *elsewhere, *close):
+                if meant in known:
+                    raise ValueError(f"{type(self).__name__} has no {key!r}; did you mean {meant!r}?")
+                if meant in self.foreign_fields:
+                    raise ValueError(f"{type(self).__name__} has no {key!r}: {self.foreign_because}")
+
+    def _check_values(self, derived: bool) -> None:
+        """Check every value by itself; until what is derived is there, None stands for it."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            awaited = value is None and field.default is None and not derived
+            if field.name in self.checks and not awaited:
+                self.checks[field.name].refuse(field.name, value)
 
     def _validate(self) -> None:
-        self._validate_choices(
-            {
-                "attention_key_value": ("experts", "shared"),
-                "attention_routing": ("soft", "top_k"),
-                "attention_gate_norm": GATE_NORMS if self.attention_routing == "top_k" else (None,),
-            }
-        )
-        for name in self.sized_by:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, found {value!r}")
+        """Check values against each other."""
+        norms = GATE_NORMS if self.attention_routing == "top_k" else (None,)
+        if self.attention_routing == "soft" and self.attention_gate_norm is not None:
+            raise ValueError(
+                "attention_routing is soft, whose gates sum to 1: leave attention_gate_norm out (found "
+                f"{self.attention_gate_norm!r}), or choose top_k"
+            )
+        one_of(*norms).refuse("attention_gate_norm", self.attention_gate_norm)
+        if self.attention_routing == "soft" and self.attention_scaling_factor != 1:
+            raise ValueError(
+                f"attention_scaling_factor ({self.attention_scaling_factor}) is for top_k routing; soft gates sum to 1"
+            )
         if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"pad_token_id {self.pad_token_id} is not among the {self.vocab_size} tokens")
         self._validate_heads()
         self._validate_routing(
             "attention_routing", "num_attention_experts_per_tok", self.num_attention_experts, "num_attention_experts"
         )
-
-    def _validate_choices(self, choices: dict[str, tuple[Any, ...]]) -> None:
-        for name, valid in choices.items():
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name} must be one of {valid}, found {getattr(self, name)!r}")
 
     def _validate_heads(self) -> None:
         for name, heads, experts in (
@@ -197,17 +261,24 @@ class AttentionExpertsConfig(PreTrainedConfig):
             if k is not None and k != count:
                 raise ValueError(f"{routing} is soft: all {count} experts run, so leave {selected} out (found {k})")
             setattr(self, selected, None)
-        elif isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= count:
+        elif k is None or not 1 <= k <= count:
             raise ValueError(f"{selected} must be between 1 and {counted} ({count}), found {k!r}")
 
 
 def task_blind_message(routers: tuple[str, ...] | list[str]) -> str:
-    """Why top-1 renormalised routers learn nothing, and what to choose instead."""
-    scale = "soft routing" if "self_attn.gate" in routers else "routed_scaling_factor = number of experts"
+    """Why renormalised routers of one gate learn nothing, and what to choose instead."""
+    advice = []
+    if "mlp.gate" in routers:
+        advice.append(
+            "norm_topk_prob: false, which with routed_scaling_factor = number of experts keeps the function of "
+            "identical experts"
+        )
+    if set(routers) != {"mlp.gate"}:
+        advice.append("attention_gate_norm: detached, or none (in a recipe attention.gate_norm)")
     return (
-        f"{' and '.join(routers)}: with one expert per token and renormalised gates every gate is 1, so the task gives "
-        f"the router no gradient. Use true probabilities (no renormalisation), which with {scale} keeps the function "
-        "of identical experts, or select two experts."
+        f"{' and '.join(routers)}: with one expert per token (or one that counts: drop_zero_gates) and renormalised "
+        f"gates every gate is 1, so the task gives the router no gradient. Use {'; and '.join(advice)}; or select two "
+        "experts."
     )
 
 

@@ -1,9 +1,21 @@
 """The configuration of a decoder mixture: what a dense decoder is, plus how its experts are laid out and routed."""
 
-import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from transformers.activations import ACT2FN
+
 from .configuration_attention import AttentionExpertsConfig
+from .configuration_checks import (
+    FLAG,
+    INTEGER,
+    NATURAL_NUMBER,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_INTEGER,
+    Check,
+    one_of,
+)
 
 
 class BamoeConfig(AttentionExpertsConfig):
@@ -27,8 +39,8 @@ class BamoeConfig(AttentionExpertsConfig):
         feed_forward_routing: "top_k" or "soft" (all experts, gates sum to 1).
         num_experts_per_tok: k; None with soft routing.
         norm_topk_prob: gates of the selected experts sum to 1.
-        routed_scaling_factor: factor on the feed-forward gates. With k = 1 and true probabilities, E makes the
-            mixture of identical experts function-preserving at a uniform router.
+        routed_scaling_factor: factor on the feed-forward gates, and on a plain feed-forward. With k = 1 and true
+            probabilities, E makes the mixture of identical experts function-preserving at a uniform router.
 
     MoE++ (arXiv 2410.07348), in top-k feed-forward routing:
         num_zero_experts, num_copy_experts, num_constant_experts: zero-computation experts, E(x) = 0, x, and
@@ -56,7 +68,35 @@ class BamoeConfig(AttentionExpertsConfig):
         "AutoModel": "modeling_bamoe.BamoeModel",
         "AutoModelForCausalLM": "modeling_bamoe.BamoeForCausalLM",
     }
-    sized_by: ClassVar[tuple[str, ...]] = (*AttentionExpertsConfig.sized_by, "num_hidden_layers", "num_experts")
+    checks: ClassVar[Mapping[str, Check]] = {
+        **AttentionExpertsConfig.checks,
+        "num_hidden_layers": POSITIVE_INTEGER,
+        "hidden_act": one_of(*sorted(ACT2FN)),
+        "tie_word_embeddings": FLAG,
+        "rope_parameters": Check("a dictionary, or None", lambda value: isinstance(value, dict | None)),
+        "rope_interleaved": FLAG,
+        "sliding_window": POSITIVE_INTEGER.or_none(),
+        "layer_types": Check("a list", lambda value: isinstance(value, list | tuple)),
+        "use_parallel_block": FLAG,
+        "norm_type": one_of("rms_norm", "layer_norm"),
+        "norm_eps": NOT_NEGATIVE,
+        "qk_norm": one_of(None, "expert", "head"),
+        "logit_scale": POSITIVE,
+        "num_experts": POSITIVE_INTEGER,
+        "feed_forward_routing": one_of("top_k", "soft"),
+        "num_experts_per_tok": INTEGER.or_none(),
+        "norm_topk_prob": FLAG,
+        "routed_scaling_factor": POSITIVE,
+        "num_zero_experts": NATURAL_NUMBER,
+        "num_copy_experts": NATURAL_NUMBER,
+        "num_constant_experts": NATURAL_NUMBER,
+        "zero_computation_tau": POSITIVE,
+        "expert_capacity_factor": NOT_NEGATIVE,
+        "gating_residuals": FLAG,
+        "feed_forward_router": one_of("linear", "tanh_mlp"),
+        "drop_zero_gates": FLAG,
+        "expert_input_scale": POSITIVE,
+    }
     # Tensor parallelism gives a process a run of whole heads and a slice of every feed-forward expert; expert
     # parallelism gives it whole feed-forward experts. Routers, norms and output biases are on every process.
     base_model_tp_plan = {  # noqa: RUF012
@@ -126,22 +166,30 @@ class BamoeConfig(AttentionExpertsConfig):
     @property
     def expert_shares(self) -> tuple[float, ...]:
         """Share of the assignments that every routed expert has where the load-balance loss is least: 1/η_i over their
-        sum, so that feed-forward : zero-computation = τ : 1."""
-        inverse = [1 / weight for weight in self.load_balance_weights or (1.0,) * self.num_experts]
-        return tuple(each / sum(inverse) for each in inverse)
+        sum, so that feed-forward : zero-computation = τ : 1, but at most 1/k, for a token selects an expert once; then
+        the other kind has the rest."""
+        computing, others = self.num_experts, self.num_zero_computation_experts
+        if not others:
+            return (1 / computing,) * computing
+        most = 1 / (self.num_experts_per_tok or self.num_routed_experts)
+        other_share = min(1 / (self.zero_computation_tau * computing + others), most)
+        share = min((1 - others * other_share) / computing, most)
+        return (share,) * computing + ((1 - computing * share) / others,) * others
 
     @property
     def task_blind_routers(self) -> tuple[str, ...]:
-        """Routers whose gates have no gradient from the task: always 1 (top-1, renormalised)."""
-        feed_forward = self.norm_topk_prob and self.num_experts_per_tok == 1 < self.num_routed_experts
-        return ("mlp.gate",) * feed_forward + super().task_blind_routers
+        """Routers whose gates have no gradient from the task: renormalised, and never more than one that counts."""
+        top_1 = self.num_experts_per_tok == 1 < self.num_routed_experts
+        one_counts = self.drop_zero_gates and self.num_routed_experts - self.num_zero_experts == 1
+        feed_forward = self.norm_topk_prob and (top_1 or one_counts)
+        # Not super(), which torch.compile cannot trace in a property.
+        return ("mlp.gate",) * feed_forward + ("self_attn.gate",) * self.task_blind_attention
 
     def window_of(self, layer_idx: int) -> int | None:
         """Tokens that attention of a layer looks back at most; None for all."""
         return self.sliding_window if self.layer_types[layer_idx] == "sliding_attention" else None
 
     def _complete(self) -> None:
-        self._validate_constant_experts()
         super()._complete()
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
@@ -154,14 +202,6 @@ class BamoeConfig(AttentionExpertsConfig):
 
     def _validate(self) -> None:
         super()._validate()
-        self._validate_choices(
-            {
-                "norm_type": ("rms_norm", "layer_norm"),
-                "qk_norm": (None, "expert", "head"),
-                "feed_forward_routing": ("top_k", "soft"),
-                "feed_forward_router": ("linear", "tanh_mlp"),
-            }
-        )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, found {self.head_dim}")
         self._validate_zero_computation()
@@ -169,41 +209,26 @@ class BamoeConfig(AttentionExpertsConfig):
         self._validate_routing("feed_forward_routing", "num_experts_per_tok", self.num_routed_experts, counted)
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(f"layer_types must name {self.num_hidden_layers} layers, found {self.layer_types}")
-        unknown = set(self.layer_types) - {"full_attention", "sliding_attention"}
-        if unknown:
-            raise ValueError(f"layer_types must be full_attention or sliding_attention, found {sorted(unknown)}")
+        if unknown := [kind for kind in self.layer_types if kind not in ("full_attention", "sliding_attention")]:
+            raise ValueError(f"layer_types must be full_attention or sliding_attention, found {unknown}")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types has sliding_attention but sliding_window is None")
 
-    def _validate_constant_experts(self) -> None:
-        # Before anything is derived from the width, so that the message can say who needs it.
-        width = self.hidden_size
-        if self.num_constant_experts and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
+    def _check_values(self, derived: bool) -> None:
+        if self.num_constant_experts and not POSITIVE_INTEGER.fits(self.hidden_size):
             raise ValueError(
                 f"num_constant_experts = {self.num_constant_experts!r} needs a width for constants: hidden_size must "
-                f"be a positive integer, found {width!r}"
+                f"be {POSITIVE_INTEGER.description}, found {self.hidden_size!r}"
             )
+        super()._check_values(derived)
 
     def _validate_zero_computation(self) -> None:
-        for name in ("num_zero_experts", "num_copy_experts", "num_constant_experts"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be 0 or a positive integer, found {value!r}")
         count = self.num_zero_computation_experts
         if count and self.feed_forward_routing == "soft":
             raise ValueError(
                 f"feed_forward_routing is soft, which runs every expert, but {count} zero-computation experts (zero, "
                 "copy, constant) save work only where they are selected: use top_k, or leave them out"
             )
-        for name, lowest in (("zero_computation_tau", 0), ("expert_input_scale", 0), ("expert_capacity_factor", -1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{name} must be a number, found {value!r}")
-            if value <= lowest or value < 0:
-                raise ValueError(f"{name} must be {'at least' if lowest else 'more than'} 0, found {value!r}")
-        for name in ("gating_residuals", "drop_zero_gates"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, found {getattr(self, name)!r}")
         if self.num_routed_experts == 1:
             asked = {
                 "gating_residuals": self.gating_residuals,

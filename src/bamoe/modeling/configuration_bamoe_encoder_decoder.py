@@ -1,9 +1,11 @@
 """The configuration of an encoder-decoder with mixtures of attention heads (MoA, section 4.1)."""
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from .configuration_checks import POSITIVE_INTEGER, SHARE, TOKEN, Check, one_of
 from .configuration_transformer import TransformerMixtureConfig
 
 
@@ -27,7 +29,14 @@ class BamoeEncoderDecoderConfig(TransformerMixtureConfig):
         "AutoModel": "modeling_bamoe_encoder_decoder.BamoeEncoderDecoderModel",
         "AutoModelForSeq2SeqLM": "modeling_bamoe_encoder_decoder.BamoeForConditionalGeneration",
     }
-    sized_by: ClassVar[tuple[str, ...]] = (*TransformerMixtureConfig.sized_by, "num_decoder_layers")
+    checks: ClassVar[Mapping[str, Check]] = {
+        **TransformerMixtureConfig.checks,
+        "num_decoder_layers": POSITIVE_INTEGER,
+        "is_encoder_decoder": one_of(True),
+        "decoder_start_token_id": TOKEN,
+        "label_smoothing": SHARE,
+    }
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {}  # the model's own: its layers are in two stacks
 
     num_decoder_layers: int = 6
     is_encoder_decoder: bool = True
@@ -36,9 +45,8 @@ class BamoeEncoderDecoderConfig(TransformerMixtureConfig):
 
     @property
     def task_blind_routers(self) -> tuple[str, ...]:
-        """Routers whose gates have no gradient from the task: always 1 (top-1, the whole normalised)."""
-        blind = super().task_blind_routers
-        return (*blind, "encoder_attn.gate") if blind else ()
+        """Routers whose gates have no gradient from the task."""
+        return ("self_attn.gate", "encoder_attn.gate") if self.task_blind_attention else ()
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """As in transformers: with `decoder`, a copy that counts the decoder's layers, by which caches are sized."""
@@ -49,10 +57,10 @@ class BamoeEncoderDecoderConfig(TransformerMixtureConfig):
 
     def _validate(self) -> None:
         super()._validate()
-        self._validate_shares("label_smoothing")
-        start = self.decoder_start_token_id
-        if start is not None and not 0 <= start < self.vocab_size:
-            raise ValueError(f"decoder_start_token_id {start} is not among the {self.vocab_size} tokens")
+        for name in ("decoder_start_token_id", "pad_token_id"):
+            token = getattr(self, name)
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ValueError(f"{name} {token} is not among the {self.vocab_size} tokens")
 
 
 __all__ = ["BamoeEncoderDecoderConfig"]

@@ -1,11 +1,14 @@
 """What the encoder and the encoder-decoder of MoA have in their configuration: the original Transformer's trunk."""
 
-import math
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import ClassVar
 
 from transformers.activations import ACT2FN
 
 from .configuration_attention import AttentionExpertsConfig
+from .configuration_bamoe import BamoeConfig
+from .configuration_checks import FLAG, NOT_NEGATIVE, POSITIVE_INTEGER, SHARE, Check, one_of
 
 
 class TransformerMixtureConfig(AttentionExpertsConfig):
@@ -33,7 +36,20 @@ class TransformerMixtureConfig(AttentionExpertsConfig):
         num_attention_experts_per_tok: None is 8 of top-k routing, or all if there are fewer.
     """
 
-    sized_by: ClassVar[tuple[str, ...]] = (*AttentionExpertsConfig.sized_by, "num_hidden_layers")
+    checks: ClassVar[Mapping[str, Check]] = {
+        **AttentionExpertsConfig.checks,
+        "num_hidden_layers": POSITIVE_INTEGER,
+        "hidden_act": one_of(*sorted(ACT2FN)),
+        "norm_first": FLAG,
+        "norm_eps": NOT_NEGATIVE,
+        "dropout": SHARE,
+        "tie_word_embeddings": FLAG,
+    }
+    foreign_fields: ClassVar[tuple[str, ...]] = tuple(field.name for field in fields(BamoeConfig))
+    foreign_because: ClassVar[str] = (
+        "it belongs to BamoeConfig; the feed-forward of this architecture is one dense layer, its positions are "
+        "sinusoids, and its block is the original Transformer's"
+    )
 
     hidden_size: int = 512
     intermediate_size: int = 2048
@@ -52,35 +68,33 @@ class TransformerMixtureConfig(AttentionExpertsConfig):
     max_position_embeddings: int = 1024
     initializer_range: float = None  # type: ignore[assignment]  # derived
 
+    def refuse_longer(self, length: int) -> None:
+        """Raise ValueError for a sequence of more tokens than there are positions."""
+        longest = self.max_position_embeddings
+        if length > longest:
+            raise ValueError(
+                f"a sequence of {length} tokens is longer than max_position_embeddings ({longest}); cut it, or raise "
+                "max_position_embeddings, which adds no parameters (positions that were not trained may be poor)"
+            )
+
     def _complete(self) -> None:
         experts, k = self.num_attention_experts, self.num_attention_experts_per_tok
         if k is None and self.attention_routing == "top_k":
             k = self.num_attention_experts_per_tok = min(8, experts)
-        # What does not divide, or is not positive, is refused by name afterwards.
-        per_expert = max(self.num_attention_heads // max(experts, 1), 1)
+        # What does not divide, or is out of range, is refused by name afterwards.
+        per_expert = max(self.num_attention_heads // experts, 1)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = per_expert if self.attention_key_value == "shared" else self.num_attention_heads
         if self.head_dim is None:
             used = max(k or experts, 1) * per_expert
             self.head_dim = (1 if experts == 1 else 2) * self.hidden_size // used
         if self.initializer_range is None:
-            self.initializer_range = max(self.hidden_size, 1) ** -0.5
+            self.initializer_range = self.hidden_size**-0.5
 
     def _validate(self) -> None:
         super()._validate()
         if self.hidden_size % 2:
             raise ValueError(f"hidden_size must be even for sinusoidal positions, found {self.hidden_size}")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, found {self.hidden_act!r}")
-        self._validate_shares("dropout", "attention_dropout")
-
-    def _validate_shares(self, *names: str) -> None:
-        """Refuse what is not a number of [0, 1)."""
-        for name in names:
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or not 0 <= value < 1:
-                raise ValueError(f"{name} must be at least 0 and less than 1, found {value!r}")
 
 
 __all__ = ["TransformerMixtureConfig"]

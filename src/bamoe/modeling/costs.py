@@ -95,13 +95,13 @@ def flops_per_token(config: AttentionExpertsConfig, context_length: int) -> Flop
 
 def expected_experts_per_token(config: BamoeConfig) -> float:
     """Feed-forward experts that a token runs on average: k, or fewer at the equilibrium of MoE++'s load-balance loss,
-    where a feed-forward expert gets τ times what a zero-computation expert gets: k·τE / (τE + Z)."""
+    where a feed-forward expert gets τ times what a zero-computation expert gets: k·τE / (τE + Z), while no expert gets
+    more than one assignment of a token."""
     if config.num_experts_per_tok is None:
         return config.num_experts
-    computing = config.zero_computation_tau * config.num_experts
     if not config.num_zero_computation_experts:
         return config.num_experts_per_tok
-    return config.num_experts_per_tok * computing / (computing + config.num_zero_computation_experts)
+    return config.num_experts_per_tok * config.num_experts * config.expert_shares[0]
 
 
 def kv_cache_bytes_per_token(config: AttentionExpertsConfig, bytes_per_value: int) -> int:

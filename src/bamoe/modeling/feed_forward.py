@@ -111,6 +111,7 @@ class MixtureOfFeedForward(nn.Module):
         super().__init__()
         self.num_experts = config.num_experts
         self.input_scale = config.expert_input_scale
+        self.scale = config.routed_scaling_factor
         self.capacity_factor = config.expert_capacity_factor
         self.expert_shares = config.expert_shares
         if config.num_routed_experts > 1:
@@ -119,7 +120,7 @@ class MixtureOfFeedForward(nn.Module):
                 config.num_routed_experts,
                 config.num_experts_per_tok,
                 gate_norm="topk_softmax" if config.norm_topk_prob else "none",
-                scale=config.routed_scaling_factor,
+                scale=self.scale,
                 hidden_layer=config.feed_forward_router == "tanh_mlp",
                 gating_residuals=config.gating_residuals and layer_idx > 0,
                 dropped=range(self.num_experts, self.num_experts + config.num_zero_experts * config.drop_zero_gates),
@@ -148,7 +149,8 @@ class MixtureOfFeedForward(nn.Module):
         inputs = tokens if self.input_scale == 1 else tokens * self.input_scale
         if not hasattr(self, "gate"):
             index = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
-            return self.experts(inputs, index, tokens.new_ones(len(tokens), 1)).view_as(hidden_states), None, None
+            weights = tokens.new_full((len(tokens), 1), self.scale)
+            return self.experts(inputs, index, weights).view_as(hidden_states), None, None
         routed = self.gate(tokens, previous_logits)
         indices, weights, kept, dropped = routed.indices, routed.weights, None, None
         if self.training and self.capacity_factor:
@@ -163,7 +165,8 @@ class MixtureOfFeedForward(nn.Module):
 
     def capacities(self, weights: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
         """Assignments (E + Z,) that each expert takes of the N tokens with weights (N, K): γ·K·N times its share,
-        γ·K·N·τ / (τ·E + Z) of a feed-forward expert and 1/τ times that of a zero-computation one (MoE++).
+        γ·K·N·τ / (τ·E + Z) of a feed-forward expert and 1/τ times that of a zero-computation one (MoE++), both at most
+        γ·N.
 
         N counts the tokens of this forward pass on this process, without padding (N,) where there is a mask.
         """

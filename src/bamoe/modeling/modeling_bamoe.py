@@ -116,6 +116,8 @@ class BamoePreTrainedModel(MixturePreTrainedModel):
 
     def __init__(self, config: BamoeConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
+        if config.num_routed_experts == 1:  # once such mixtures had a router, whose gate was always 1
+            self._keys_to_ignore_on_load_unexpected = [r"\bmlp\.gate\.weight$"]
         # Save the names this model has, also after reading a checkpoint with one tensor per expert.
         self._weight_conversions: list[Any] = []
 

@@ -105,7 +105,7 @@ class TransformerDecoder(TransformerStack):
         cache = past_key_values
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
-        hidden_states = self.embed(input_ids, inputs_embeds, 0 if cache is None else cache.get_seq_length())
+        hidden_states = self.embed(input_ids, inputs_embeds, cache, **kwargs)
         mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values=cache)
         encoder_mask = create_bidirectional_mask(
             self.config, hidden_states, encoder_attention_mask, encoder_hidden_states=encoder_hidden_states
@@ -149,6 +149,8 @@ class BamoeEncoderDecoderPreTrainedModel(TransformerPreTrainedModel):
 class BamoeEncoderDecoderModel(BamoeEncoderDecoderPreTrainedModel):
     """Encoder and decoder."""
 
+    # The rest is gathered once: embeddings may be one table on both sides.
+    _fsdp_plan = {"encoder.layers.*": "free_full_weight", "decoder.layers.*": "free_full_weight"}  # noqa: RUF012
     _tied_weights_keys = {"decoder.embed_tokens.weight": "encoder.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: BamoeEncoderDecoderConfig):
@@ -186,7 +188,7 @@ class BamoeEncoderDecoderModel(BamoeEncoderDecoderPreTrainedModel):
         """Decode decoder_input_ids (B, T) given the source input_ids (B, S), or `encoder_outputs` made of it.
 
         `attention_mask` (B, S) and `decoder_attention_mask` (B, T) are 0 at padding. The encoder's router logits are
-        returned when it runs: `encoder_outputs` may be repeated for several beams, and its router logits are not.
+        those of its run, or those that `encoder_outputs` holds of the same tokens.
         """
         encoder_router_logits = None
         if encoder_outputs is None:
@@ -200,6 +202,10 @@ class BamoeEncoderDecoderModel(BamoeEncoderDecoderPreTrainedModel):
             encoder_router_logits = encoded.attention_router_logits
         elif isinstance(encoder_outputs, BaseModelOutput):
             encoded = encoder_outputs
+            given = getattr(encoded, "attention_router_logits", None)
+            # Beam search repeats hidden states for its beams, and router logits not.
+            if given and len(given[0]) == encoded.last_hidden_state.shape[:-1].numel():
+                encoder_router_logits = given
         else:
             encoded = BaseModelOutput(last_hidden_state=encoder_outputs[0])
         outputs = self.decoder(
@@ -261,6 +267,8 @@ class BamoeForConditionalGeneration(RouterLossMixin, BamoeEncoderDecoderPreTrain
         While training, the loss is label-smoothed cross-entropy + router_aux_loss_coef · load balance +
         router_z_loss_coef · z, the latter two without padding: what `attention_mask` calls so of the source, and of
         the target `decoder_attention_mask`, or else labels of -100. In evaluation mode it is the cross-entropy alone.
+        With `encoder_outputs` the encoder's routers have losses only if it holds their logits, as the encoder gives
+        them with `output_router_logits=True`; a tuple, or hidden states alone, adds none.
 
         Raises:
             ValueError: labels that cannot be shifted for want of a padding or start token; or training a router whose
@@ -333,6 +341,12 @@ class BamoeForConditionalGeneration(RouterLossMixin, BamoeEncoderDecoderPreTrain
         shifted = labels.roll(1, dims=-1)
         shifted[:, 0] = start
         return shifted.masked_fill(shifted == -100, config.pad_token_id)
+
+    def _prepare_static_cache(self, *args: Any, max_cache_len: int, **kwargs: Any) -> Cache:
+        # Here, before transformers remembers the length: later caches are at least as long.
+        self.config.refuse_longer(max_cache_len)
+        cache: Cache = super()._prepare_static_cache(*args, max_cache_len=max_cache_len, **kwargs)
+        return cache
 
     def _target_mask(
         self,

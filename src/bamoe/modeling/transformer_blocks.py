@@ -176,23 +176,35 @@ class TransformerStack(TransformerPreTrainedModel):
         self.gradient_checkpointing = False
 
     def embed(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, seen: int | torch.Tensor = 0
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        cache: Cache | None = None,
+        position_ids: Any = None,
+        token_type_ids: Any = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """Embeddings (B, T, D) of tokens (B, T), or given ones, with their positions, after `seen` tokens.
+        """Embeddings (B, T, D) of tokens (B, T), or given ones, with their positions, after what `cache` holds.
 
         Raises:
-            ValueError: not exactly one of the two, or a sequence longer than max_position_embeddings.
+            ValueError: not exactly one of the two; positions or token types, which this architecture does not read; or
+                a sequence, or a cache of fixed length, longer than max_position_embeddings.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if position_ids is not None or token_type_ids is not None:
+            given = "token_type_ids" if position_ids is None else "position_ids"
+            raise ValueError(
+                f"{given} is not read here: positions count from the start of a sequence, and tokens have no types; "
+                "leave it out, and give packed sequences one by one"
+            )
         embeds: torch.Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         length = embeds.shape[1]
-        longest = self.config.max_position_embeddings
-        if isinstance(seen, int) and seen + length > longest:
-            raise ValueError(
-                f"a sequence of {seen + length} tokens is longer than max_position_embeddings ({longest}); cut it, or "
-                "raise max_position_embeddings, which adds no parameters (positions that were not trained may be poor)"
-            )
+        seen = 0 if cache is None else cache.get_seq_length()
+        if isinstance(seen, int):
+            self.config.refuse_longer(seen + length)
+        if cache is not None:  # of a fixed length, it knows on the device alone how much it holds: that would take long
+            self.config.refuse_longer(cache.get_max_length(0))
         positions = sinusoidal_positions(torch.arange(length, device=embeds.device) + seen, embeds.shape[-1])
         summed: torch.Tensor = self.dropout(embeds + positions.to(embeds))
         return summed
@@ -222,7 +234,7 @@ class TransformerEncoder(TransformerStack):
         `attention_mask` (B, T) is 0 at padding, which no token sees. Padding may be at either end, but positions
         count it. `output_router_logits` defaults to the config's.
         """
-        hidden_states = self.embed(input_ids, inputs_embeds)
+        hidden_states = self.embed(input_ids, inputs_embeds, **kwargs)
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
         router_logits = []
         for layer in self.layers:

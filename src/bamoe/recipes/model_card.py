@@ -115,10 +115,13 @@ def _description(config: BamoeConfig) -> str:
     ]
     if config.num_attention_experts > 1:
         selected = config.num_attention_experts_per_tok or config.num_attention_experts
+        gates = f"; gate_norm: {config.attention_gate_norm}" if config.attention_gate_norm else ""
         lines.append(
             f"| attention experts | {config.num_attention_experts}, {selected} per token "
-            f"({config.attention_routing} routing; keys and values: {config.attention_key_value}) |"
+            f"({config.attention_routing} routing{gates}; keys and values: {config.attention_key_value}) |"
         )
+    if config.num_routed_experts == 1:
+        return "\n".join([*lines, "| feed-forward | one for all tokens |"]) + "\n"
     selected = config.num_experts_per_tok or config.num_experts
     renormalised = "renormalised" if config.norm_topk_prob else "not renormalised"
     zero_computation = config.num_zero_computation_experts

@@ -44,6 +44,15 @@ class AttentionRecipe(StrictModel):
         None, description="of the selected experts' gates, with top-k routing; default: detached"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_new_key(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "norm_topk_prob" in data:
+            raise ValueError(
+                "norm_topk_prob is gate_norm here: true is gate_norm: topk_softmax, and false is gate_norm: none"
+            )
+        return data
+
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # pydantic's own `copy`, deprecated, gives way
@@ -165,6 +174,17 @@ class Recipe(StrictModel):
     def _complete_feed_forward(self) -> None:
         routed, seats, zeros = self.feed_forward, self.num_seats, self.feed_forward.num_zero_computation
         top_k, renormalised = _ZERO_COMPUTATION_DEFAULT if zeros else _FEED_FORWARD_DEFAULTS[self.recipe]
+        if seats + zeros == 1:
+            of_a_router = {
+                "capacity_factor": routed.capacity_factor,
+                "gating_residuals": routed.gating_residuals,
+                "router: tanh_mlp": routed.router == "tanh_mlp",
+            }
+            if needless := [f"feed_forward.{key}" for key, given in of_a_router.items() if given]:
+                raise ValueError(
+                    f"{' and '.join(needless)}: one expert seat has no feed-forward router; leave it out, or add "
+                    "experts"
+                )
         if routed.routing == "soft":
             if routed.num_experts_per_tok not in (None, seats):
                 raise ValueError(
@@ -174,7 +194,8 @@ class Recipe(StrictModel):
                 routed.norm_topk_prob = False
             return
         if routed.num_experts_per_tok is None:
-            routed.num_experts_per_tok = min(top_k, seats + zeros)
+            # With all of them selected zero-computation experts would save nothing.
+            routed.num_experts_per_tok = min(top_k, seats + zeros - 1 if zeros else seats)
         if routed.norm_topk_prob is None:
             # A single selected expert with renormalised gates would leave its router without a gradient.
             routed.norm_topk_prob = renormalised and routed.num_experts_per_tok > 1

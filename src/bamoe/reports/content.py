@@ -34,8 +34,9 @@ _BUDGETS = {
 }
 _GIVEN = (
     "Parameters: in all, and those used per token. Own tokens and FLOPs: of the row's own training; behind it: those "
-    "of the models it was made from, too. FLOPs: 2 per multiply-accumulate, forward and backward. KV cache: bytes per "
-    "token of context. Time: of the row's own training, mean over the random seeds."
+    "of the models it was made from, too. FLOPs: 2 per multiply-accumulate, forward and backward; with "
+    "zero-computation experts at the balance that their loss aims at. KV cache: bytes per token of context. Time: of "
+    "the row's own training, mean over the random seeds."
 )
 
 

@@ -131,7 +131,7 @@ def _expert_order(record: ExperimentRecord) -> str:
     order = ", ".join(f"{index} {name}" for index, name in enumerate(behind))
     return (
         f" The experts of a mixture of the branches are in this order: {order}; where it has more, the copies of the "
-        "first follow it."
+        "first follow it, and zero-computation experts come last."
     )
 
 

@@ -51,10 +51,11 @@ def check_trainable(config: TrainConfig, model_config: PreTrainedConfig) -> None
     """Refuse to train parts of a model that has none, or a router to which the task gives no gradient.
 
     Raises:
-        ConfigError: the model is no mixture made by bamoe and not all of it trains, or a router whose gate is always 1
-            (top-1, renormalised) is to train.
+        ConfigError: the model is no mixture made by bamoe and not all of it trains; nothing trains, in a stage or at
+            all, for want of routers; or a router whose gate is always 1 (top-1, renormalised) is to train.
     """
-    parts = set().union(*_parts_of_stages(config))
+    stages = _parts_of_stages(config)
+    parts = set().union(*stages)
     if not isinstance(model_config, BamoeConfig):
         if config.stages or config.trainable != ["all"]:
             raise ConfigError(
@@ -62,6 +63,13 @@ def check_trainable(config: TrainConfig, model_config: PreTrainedConfig) -> None
                 "trainable and stages, so that all of it trains"
             )
         return
+    has_routers = model_config.num_routed_experts > 1 or model_config.num_attention_experts > 1
+    if not has_routers and {"routers"} in stages:
+        where = f"stage {stages.index({'routers'}) + 1} of {config.model}" if config.stages else config.model
+        raise ConfigError(
+            f"{where} trains nothing: trainable is [routers], and with one attention and one feed-forward the model "
+            "has no router; name experts or shared, or all"
+        )
     if "routers" in parts and (routers := model_config.task_blind_routers):
         raise ConfigError(
             f"{config.model} cannot be trained: {task_blind_message(routers)} To train the rest, leave the routers as "
