@@ -71,7 +71,7 @@ SIZES: dict[str, Any] = {
     "initializer_range": 128**-0.5,
     "batch_blocks": 128,
     "warmup_steps": 300,
-    "paper_gates": False,  # gates sum to 1 and average the heads; else to their number, and add them up
+    "scaling_factor": 8.0,  # gates sum to the number of heads and add them up; the paper's 1 averages them
 }
 QUICK = SIZES | {
     "vocabulary": 300, "sequence_length": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
@@ -106,7 +106,7 @@ def rows_of(sizes: Mapping[str, Any], vocabulary: int, pad_token_id: int) -> lis
                 attention_key_value="shared",
                 attention_routing="top_k",
                 num_attention_experts_per_tok=selected,
-                attention_scaling_factor=1.0 if sizes["paper_gates"] else float(selected),
+                attention_scaling_factor=sizes["scaling_factor"],
                 **common,
             ),
         )
@@ -310,10 +310,10 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--valid-blocks", type=int, default=1000, help="blocks of held-out text, at most")
     parser.add_argument("--rows", nargs="+", help="only these: dense, moa-8, moa-16, moa-32; no report")
-    parser.add_argument("--paper-gates", action="store_true", help="gates that sum to 1, as in the paper")
+    parser.add_argument("--scaling-factor", type=float, default=SIZES["scaling_factor"], help="what gates sum to")
     parser.add_argument("--quick", action="store_true", help="tiny models, to see that it runs")
     given = parser.parse_args()
-    text = MaskedText(given, (QUICK if given.quick else SIZES) | {"paper_gates": given.paper_gates})
+    text = MaskedText(given, (QUICK if given.quick else SIZES) | {"scaling_factor": given.scaling_factor})
     rows = rows_of(text.sizes, len(text.tokenizer), text.tokenizer.pad_token_id)
     chosen = [row for row in rows if given.rows is None or row.key in given.rows]
     runs = Comparison(given.out, chosen, text.settings(), text.train).runs(given.seeds)

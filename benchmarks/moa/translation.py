@@ -62,7 +62,9 @@ BEAMS = 5
 SHOWN = 6  # translations in the report
 BOOTSTRAP = 1000
 
-_COMMON = ("hidden_size", "num_hidden_layers", "num_decoder_layers", "dropout", "label_smoothing")
+_COMMON = (
+    *("hidden_size", "num_hidden_layers", "num_decoder_layers", "dropout", "label_smoothing", "initializer_range"),
+)
 SIZES: dict[str, Any] = {
     "vocabulary": 4000,
     "hidden_size": 128,
@@ -74,9 +76,10 @@ SIZES: dict[str, Any] = {
     "experts": 16,
     "dropout": 0.1,
     "label_smoothing": 0.1,
+    "initializer_range": 0.02,  # with the norm behind each sum, larger weights learn far more slowly at this rate
     "batch_pairs": 64,
     "warmup_steps": 400,
-    "paper_gates": False,  # gates sum to 1 and average the heads; else to their number, and add them up
+    "scaling_factor": 1.0,  # gates sum to 1 and average the heads, as in the paper; see docs/moa.md
 }
 QUICK = SIZES | {
     "vocabulary": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_decoder_layers": 1,
@@ -122,7 +125,7 @@ def rows_of(sizes: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, contex
         attention_key_value="shared",
         attention_routing="top_k",
         num_attention_experts_per_tok=sizes["heads"],
-        attention_scaling_factor=1.0 if sizes["paper_gates"] else float(sizes["heads"]),
+        attention_scaling_factor=sizes["scaling_factor"],
         intermediate_size=sizes["intermediate_size"],
         **common,
     )
@@ -371,10 +374,10 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", help="only these: dense-macs, moa, dense-parameters; no report")
     parser.add_argument("--pairs", type=int, help="train on the first so many pairs")
     parser.add_argument("--test-pairs", type=int, help="test on the first so many pairs")
-    parser.add_argument("--paper-gates", action="store_true", help="gates that sum to 1, as in the paper")
+    parser.add_argument("--scaling-factor", type=float, default=SIZES["scaling_factor"], help="what gates sum to")
     parser.add_argument("--quick", action="store_true", help="tiny models, to see that it runs")
     given = parser.parse_args()
-    sizes = (QUICK if given.quick else SIZES) | {"paper_gates": given.paper_gates}
+    sizes = (QUICK if given.quick else SIZES) | {"scaling_factor": given.scaling_factor}
     translation = Translation(given, sizes)
     rows = rows_of(sizes, translation.tokenizer, translation.context())
     chosen = [row for row in rows if given.rows is None or row.key in given.rows]
