@@ -62,9 +62,7 @@ BEAMS = 5
 SHOWN = 6  # translations in the report
 BOOTSTRAP = 1000
 
-_COMMON = (
-    *("hidden_size", "num_hidden_layers", "num_decoder_layers", "dropout", "label_smoothing", "initializer_range"),
-)
+_COMMON = ("hidden_size", "num_hidden_layers", "num_decoder_layers", "dropout", "label_smoothing")
 SIZES: dict[str, Any] = {
     "vocabulary": 4000,
     "hidden_size": 128,
@@ -76,7 +74,6 @@ SIZES: dict[str, Any] = {
     "experts": 16,
     "dropout": 0.1,
     "label_smoothing": 0.1,
-    "initializer_range": 0.02,  # with the norm behind each sum, larger weights learn far more slowly at this rate
     "batch_pairs": 64,
     "warmup_steps": 400,
     "scaling_factor": 1.0,  # gates sum to 1 and average the heads, as in the paper; see docs/moa.md
