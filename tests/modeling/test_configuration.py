@@ -33,7 +33,6 @@ BAD_VALUES: dict[tuple[str, ...], dict[str, tuple[Any, ...]]] = {
         "attention_norm_topk_prob": ("yes", [], 1),
         "num_attention_experts_per_tok": (*STRANGE, 2.0, True),
         "attention_gate_norm": ([], "sum"),
-        "is_encoder_decoder": ("x",),
     },
     TRANSFORMERS: {"dropout": SHARE, "norm_first": FLAG, "num_attention_experts_per_tok": (0, -3, 7)},
     ("encoder-decoder",): {
