@@ -35,7 +35,7 @@ from bamoe.reports.document import Block, Code, Document, Figure, Paragraph, Sec
 from bamoe.reports.page import write_document
 from bamoe.reports.plots import Curve, Panel, curve_looks, panel_svg
 from bamoe.reports.routing_section import RoutedRow
-from bamoe.reports.table import Column, Table
+from bamoe.reports.table import Column, Table, signed
 
 SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", "<mask>"]
 IGNORED = -100  # the label of what is not scored
@@ -67,6 +67,31 @@ def matched(
     if abs(size(config) / goal - 1) > 0.01:
         raise ValueError(f"no width comes within 1% of {goal:g}: {config.intermediate_size} is {size(config):g}")
     return config
+
+
+def dense_heads(heads: int, hidden_size: int) -> dict[str, Any]:
+    """Fields of a config with multi-head attention."""
+    return {
+        "num_attention_experts": 1,
+        "attention_routing": "soft",
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": hidden_size // heads,
+    }
+
+
+def sparse_heads(selected: int, experts: int, head_dim: int, scaling_factor: float) -> dict[str, Any]:
+    """Fields of a config with a mixture of attention heads, as in the paper over one key and value head."""
+    return {
+        "num_attention_experts": experts,
+        "num_attention_heads": experts,
+        "num_key_value_heads": 1,
+        "head_dim": head_dim,
+        "attention_key_value": "shared",
+        "attention_routing": "top_k",
+        "num_attention_experts_per_tok": selected,
+        "attention_scaling_factor": scaling_factor,
+    }
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -243,6 +268,13 @@ def difference(row: Sequence[Run], against: Sequence[Run], measure: str) -> tupl
     values = [mine[measure] - other[measure] for mine, other in zip(row, against, strict=True)]
     found = interval_over_seeds(values)
     return fmean(values), (found.low, found.high) if found else None
+
+
+def over_seeds(bounds: tuple[float, float] | None, digits: int) -> str:
+    """In words, the interval of a `difference`."""
+    if bounds is None:
+        return "one seed"
+    return f"95% interval over seeds {signed(bounds[0], digits)} to {signed(bounds[1], digits)}"
 
 
 def curve_figure(name: str, title: str, y_label: str, curves_of: Mapping[str, Sequence[Points]]) -> Figure:

@@ -27,12 +27,15 @@ from comparison import (
     Run,
     curve_figure,
     curves,
+    dense_heads,
     difference,
     heads_of,
     mean_nats,
+    over_seeds,
     reproduction,
     routed_rows,
     sizes_table,
+    sparse_heads,
     token_nats,
     train_tokenizer,
     training_arguments,
@@ -87,28 +90,11 @@ def rows_of(sizes: Mapping[str, Any], vocabulary: int, pad_token_id: int) -> lis
         **{name: sizes[name] for name in _COMMON},
     }
     selected, width = sizes["heads"], sizes["head_dim"]
-    dense = BamoeEncoderConfig(
-        num_attention_experts=1,
-        attention_routing="soft",
-        num_attention_heads=selected,
-        num_key_value_heads=selected,
-        head_dim=sizes["hidden_size"] // selected,
-        **common,
-    )
+    dense = BamoeEncoderConfig(**dense_heads(selected, sizes["hidden_size"]), **common)
     configs = {"dense": ("Transformer", dense)} | {
         f"moa-{experts}": (
             f"MoA {selected}K{experts}E{width}D",
-            BamoeEncoderConfig(
-                num_attention_experts=experts,
-                num_attention_heads=experts,
-                num_key_value_heads=1,
-                head_dim=width,
-                attention_key_value="shared",
-                attention_routing="top_k",
-                num_attention_experts_per_tok=selected,
-                attention_scaling_factor=sizes["scaling_factor"],
-                **common,
-            ),
+            BamoeEncoderConfig(**sparse_heads(selected, experts, width, sizes["scaling_factor"]), **common),
         )
         for experts in sizes["experts"]
     }
@@ -286,9 +272,6 @@ def verdict(before: Row, row: Row, runs: Mapping[str, list[Run]]) -> str:
     """How a row compares with the one before it."""
     mine, other = runs[row.key], runs[before.key]
     change, bounds = difference(mine, other, "nats")
-    over_seeds = (
-        "one seed" if bounds is None else f"95% interval over seeds {signed(bounds[0], 3)} to {signed(bounds[1], 3)}"
-    )
     nats = [{"text": np.mean([run["block_nats"] for run in side], axis=0).tolist()} for side in (mine, other)]
     over_text = interval_over_text(*nats, {"text": mine[0]["block_tokens"]})
     text = (
@@ -296,7 +279,7 @@ def verdict(before: Row, row: Row, runs: Mapping[str, list[Run]]) -> str:
     )
     return (
         f"{signed(100 * math.expm1(change), 1)}% perplexity against {before.name}: {signed(change, 3)} nats per masked "
-        f"token ({over_seeds}{text})"
+        f"token ({over_seeds(bounds, 3)}{text})"
     )
 
 

@@ -25,13 +25,16 @@ from comparison import (
     Run,
     curve_figure,
     curves,
+    dense_heads,
     difference,
     heads_of,
     matched,
     mean_nats,
+    over_seeds,
     reproduction,
     routed_rows,
     sizes_table,
+    sparse_heads,
     token_nats,
     train_tokenizer,
     training_arguments,
@@ -94,7 +97,6 @@ def read_pairs(path: str) -> list[tuple[str, str]]:
 
 def rows_of(sizes: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, context: int) -> list[Row]:
     """The mixture, and the dense models that cost as much and hold as much; MACs at sentences of `context` tokens."""
-    width = sizes["hidden_size"]
     common = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -105,24 +107,11 @@ def rows_of(sizes: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, contex
 
     def dense(intermediate_size: int) -> BamoeEncoderDecoderConfig:
         return BamoeEncoderDecoderConfig(
-            num_attention_experts=1,
-            attention_routing="soft",
-            num_attention_heads=sizes["heads"],
-            num_key_value_heads=sizes["heads"],
-            head_dim=width // sizes["heads"],
-            intermediate_size=intermediate_size,
-            **common,
+            **dense_heads(sizes["heads"], sizes["hidden_size"]), intermediate_size=intermediate_size, **common
         )
 
     mixture = BamoeEncoderDecoderConfig(
-        num_attention_experts=sizes["experts"],
-        num_attention_heads=sizes["experts"],
-        num_key_value_heads=1,
-        head_dim=sizes["head_dim"],
-        attention_key_value="shared",
-        attention_routing="top_k",
-        num_attention_experts_per_tok=sizes["heads"],
-        attention_scaling_factor=sizes["scaling_factor"],
+        **sparse_heads(sizes["heads"], sizes["experts"], sizes["head_dim"], sizes["scaling_factor"]),
         intermediate_size=sizes["intermediate_size"],
         **common,
     )
@@ -335,9 +324,6 @@ def verdict(translation: Translation, mixture: Row, row: Row, runs: Mapping[str,
     """How the mixture compares with a dense row."""
     change, bounds = difference(runs["moa"], runs[row.key], "bleu")
     nats, nats_bounds = difference(runs["moa"], runs[row.key], "nats")
-    over_seeds = (
-        "one seed" if bounds is None else f"95% interval over seeds {signed(bounds[0], 2)} to {signed(bounds[1], 2)}"
-    )
     loss = "" if nats_bounds is None else f", {signed(nats_bounds[0], 3)} to {signed(nats_bounds[1], 3)}"
     systems = [(name, runs[key][0]["translations"]) for name, key in (("dense", row.key), ("moa", "moa"))]
     test = PairedTest(
@@ -345,8 +331,8 @@ def verdict(translation: Translation, mixture: Row, row: Row, runs: Mapping[str,
     )
     p_value = test()[1]["BLEU"][1].p_value
     return (
-        f"{mixture.name} has {signed(change, 2)} BLEU ({over_seeds}; paired bootstrap over the test sentences of the "
-        f"first seed: p = {p_value:.3f}) and {signed(nats, 3)} nats of test loss per token{loss}"
+        f"{mixture.name} has {signed(change, 2)} BLEU ({over_seeds(bounds, 2)}; paired bootstrap over the test "
+        f"sentences of the first seed: p = {p_value:.3f}) and {signed(nats, 3)} nats of test loss per token{loss}"
     )
 
 

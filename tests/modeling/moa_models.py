@@ -1,9 +1,5 @@
 """Tiny encoders and encoder-decoders, and torch's Transformer layers with their weights."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,23 +131,3 @@ def naive_router_losses(logits: torch.Tensor, top_k: int) -> tuple[float, float]
     shares = zip(chosen, probability, strict=True)
     balance = experts * sum(f / sum(chosen) * p / sum(probability) for f, p in shares)
     return balance, sum(squares) / len(squares)
-
-
-WITHOUT_BAMOE = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name == "bamoe" or name.startswith("bamoe."):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-import torch
-folder, again = sys.argv[1:]
-"""
-
-
-def run_without_bamoe(script: str, folder: Path, again: Path) -> None:
-    """Run a script, for which `folder` and `again` are names of directories, where bamoe cannot be imported."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["HF_MODULES_CACHE"] = str(folder / "modules-cache")
-    command = [sys.executable, "-c", WITHOUT_BAMOE + script, str(folder), str(again)]
-    subprocess.run(command, check=True, env=environment, cwd=folder, timeout=300)

@@ -4,9 +4,6 @@ Soft or top-k attention, with keys and values of its own or shared, beside plain
 """
 
 import itertools
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from bamoe.modeling import BamoeForCausalLM
 from tests.modeling.conftest import random_tokens, tiny_config, tiny_model
 from tests.modeling.naive import assert_same, naive_logits
+from tests.modeling.stranger import run_without_bamoe
 
 ATTENTION: dict[str, dict[str, Any]] = {
     "soft": {},
@@ -77,16 +75,9 @@ def test_saved_and_loaded(model, tmp_path):
 
 # Runs where bamoe cannot be imported: loads every directory by the code that travels with it.
 STRANGER = """
-import sys
 from pathlib import Path
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name == "bamoe" or name.startswith("bamoe."):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-import torch
 from transformers import AutoModelForCausalLM
-for folder in sys.argv[1:]:
+for folder in folders:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     tokens = torch.load(Path(folder) / "tokens.pt")
     torch.save(model(tokens).logits.detach(), Path(folder) / "logits.pt")
@@ -100,9 +91,6 @@ def test_loaded_where_bamoe_is_absent(tmp_path):
         model.save_pretrained(folder)
         torch.save(tokens, folder / "tokens.pt")
         folders.append((folder, model(tokens).logits))
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules-cache")
-    command = [sys.executable, "-c", STRANGER, *(str(folder) for folder, _ in folders)]
-    subprocess.run(command, check=True, env=environment, cwd=tmp_path, timeout=300)
+    run_without_bamoe(STRANGER, *(folder for folder, _ in folders))
     for folder, logits in folders:
         assert torch.allclose(torch.load(folder / "logits.pt"), logits, rtol=1e-5, atol=1e-6)

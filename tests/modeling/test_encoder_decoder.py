@@ -29,11 +29,11 @@ from tests.modeling.moa_models import (
     gradients,
     naive_positions,
     naive_router_losses,
-    run_without_bamoe,
     silent_parameters,
     torch_layer,
     translator,
 )
+from tests.modeling.stranger import run_without_bamoe
 
 
 def padded_source() -> dict[str, torch.Tensor]:
@@ -386,6 +386,7 @@ def test_attention_weights_and_hidden_states_on_request():
 
 
 STRANGER = """
+folder, again = folders
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True).eval()
 assert type(model).__module__.startswith("transformers_modules"), type(model)

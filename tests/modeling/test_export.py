@@ -1,9 +1,6 @@
 """Directories that others load: save and load, remote code without bamoe, other tools' names, refused checkpoints."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,18 +10,12 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from bamoe.modeling import BamoeForCausalLM
 from tests.modeling.conftest import random_tokens, tiny_model
+from tests.modeling.stranger import run_without_bamoe
 
 # Runs where bamoe cannot be imported: loads the directory by remote code, checks the experts backend, saves it again.
 STRANGER = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name == "bamoe" or name.startswith("bamoe."):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-folder, again = sys.argv[1:]
+folder, again = folders
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 assert type(model).__module__.startswith("transformers_modules"), type(model)
 assert AutoConfig.from_pretrained(folder, trust_remote_code=True).num_experts == 3
@@ -39,14 +30,6 @@ generated = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_n
 torch.save(generated, folder + "/generated.pt")
 model.save_pretrained(again)
 """
-
-
-def run_stranger(folder: Path, again: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["HF_MODULES_CACHE"] = str(folder / "modules-cache")
-    subprocess.run(
-        [sys.executable, "-c", STRANGER, str(folder), str(again)], check=True, env=environment, cwd=folder, timeout=300
-    )
 
 
 def test_save_and_load_gives_the_same_model(tmp_path):
@@ -80,7 +63,7 @@ def test_a_trainer_checkpoint_loads_where_bamoe_is_absent_and_saves_again(tmp_pa
     folder, again = tmp_path / "run" / "checkpoint-1", tmp_path / "again"
     tokens = random_tokens()
     torch.save(tokens, folder / "tokens.pt")
-    run_stranger(folder, again)
+    run_without_bamoe(STRANGER, folder, again)
     model.eval()
     assert torch.allclose(torch.load(folder / "logits.pt"), model(tokens).logits, atol=1e-6)
     expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=3, do_sample=False)

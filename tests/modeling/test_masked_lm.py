@@ -22,10 +22,10 @@ from tests.modeling.moa_models import (
     masked_lm,
     naive_positions,
     naive_router_losses,
-    run_without_bamoe,
     silent_parameters,
     torch_layer,
 )
+from tests.modeling.stranger import run_without_bamoe
 
 
 def millions(**changes) -> float:
@@ -319,6 +319,7 @@ def test_a_checkpoint_without_router_weights_is_refused(tmp_path):
 
 
 STRANGER = """
+folder, again = folders
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
 assert type(model).__module__.startswith("transformers_modules"), type(model)

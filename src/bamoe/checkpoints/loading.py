@@ -22,15 +22,14 @@ def load_config(source: str | Path) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    from bamoe.modeling import BamoeConfig, BamoeEncoderConfig, BamoeEncoderDecoderConfig
+    from bamoe.modeling import CONFIGS, BamoeConfig
 
     path = resolve(str(source))
     try:
         values, _ = BamoeConfig.get_config_dict(path)
-        for ours in (BamoeConfig, BamoeEncoderConfig, BamoeEncoderDecoderConfig):
-            if values.get("model_type") == ours.model_type:
-                # Our own class, so that the copy of the code which travels with the checkpoint is not run.
-                return ours.from_pretrained(path)
+        if (ours := CONFIGS.get(values.get("model_type"))) is not None:
+            # Our own class, so that the copy of the code which travels with the checkpoint is not run.
+            return ours.from_pretrained(path)
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a value of the wrong type raises whatever reading it happened to raise
         if path.is_dir() and not (path / CONFIG_FILE).is_file():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bamoe.evaluation.routing import LayerRouting, RouterStatistics
+from bamoe.evaluation.routing import LayerRouting, RouterStatistics, router_statistics
 from bamoe.evaluation.specialization import LayerSpecialization, TokenAssignments
 
 if TYPE_CHECKING:
@@ -54,8 +54,6 @@ def attention_heads(
         for name in _PADDING
         if name in batches[0]
     }
-    top_k = config.num_attention_experts_per_tok
-    normalized = config.attention_gate_norm in ("detached", "topk_softmax")
     statistics: dict[str, RouterStatistics] = {}
     counted: dict[str, TokenAssignments] = {}
     was_training = model.training
@@ -68,8 +66,8 @@ def attention_heads(
                 if not (logits := getattr(outputs, name, None)):
                     continue
                 if kind not in statistics:
-                    statistics[kind] = RouterStatistics(top_k, normalized)
-                    counted[kind] = TokenAssignments(np.asarray(occurrences[ids]), top_k)
+                    statistics[kind] = router_statistics(config)["attention"]
+                    counted[kind] = TokenAssignments(np.asarray(occurrences[ids]), statistics[kind].top_k)
                 real = _is_token(batch, ids).flatten().to(model.device)
                 kept = [layer[real] for layer in logits]
                 statistics[kind].update(kept)

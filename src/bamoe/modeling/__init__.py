@@ -9,9 +9,11 @@ from .modeling_bamoe import BamoeForCausalLM, BamoeModel
 from .modeling_bamoe_encoder import BamoeEncoderModel, BamoeForMaskedLM
 from .modeling_bamoe_encoder_decoder import BamoeEncoderDecoderModel, BamoeForConditionalGeneration
 
-AutoConfig.register(BamoeConfig.model_type, BamoeConfig, exist_ok=True)
-AutoConfig.register(BamoeEncoderConfig.model_type, BamoeEncoderConfig, exist_ok=True)
-AutoConfig.register(BamoeEncoderDecoderConfig.model_type, BamoeEncoderDecoderConfig, exist_ok=True)
+# Our configuration classes by their model types.
+CONFIGS = {config.model_type: config for config in (BamoeConfig, BamoeEncoderConfig, BamoeEncoderDecoderConfig)}
+
+for model_type, config in CONFIGS.items():
+    AutoConfig.register(model_type, config, exist_ok=True)
 AutoModel.register(BamoeConfig, BamoeModel, exist_ok=True)
 AutoModel.register(BamoeEncoderConfig, BamoeEncoderModel, exist_ok=True)
 AutoModel.register(BamoeEncoderDecoderConfig, BamoeEncoderDecoderModel, exist_ok=True)
@@ -20,6 +22,7 @@ AutoModelForMaskedLM.register(BamoeEncoderConfig, BamoeForMaskedLM, exist_ok=Tru
 AutoModelForSeq2SeqLM.register(BamoeEncoderDecoderConfig, BamoeForConditionalGeneration, exist_ok=True)
 
 __all__ = [
+    "CONFIGS",
     "BamoeConfig",
     "BamoeEncoderConfig",
     "BamoeEncoderDecoderConfig",

@@ -175,8 +175,10 @@ class MixtureOfAttention(nn.Module):
         eager = getattr(self.config, "_experts_implementation", None) == "eager"
         if routed is None or not only_some_run(self.config) or eager or not plain:
             return None
-        weights = by_expert(self.q_proj.weight, self.config), by_expert(self.o_proj.weight.T, self.config)
-        return order_by_expert(routed.indices.flatten(0, -2), len(weights[0])) if can_group(*weights) else None
+        widths = self.config.hidden_size, self.config.num_dense_heads * self.head_dim
+        if not all(can_group(projection.weight, *widths) for projection in (self.q_proj, self.o_proj)):
+            return None
+        return order_by_expert(routed.indices.flatten(0, -2), self.config.num_attention_experts)
 
     def _queries(
         self, hidden_states: torch.Tensor, routed: RouterOutput | None, order: ExpertOrder | None
@@ -194,7 +196,7 @@ class MixtureOfAttention(nn.Module):
         rows = hidden_states.flatten(0, -2)[order.slots // top_k]
         weight = by_expert(self.q_proj.weight, config).transpose(1, 2)
         bias = None if self.q_proj.bias is None else by_expert(self.q_proj.bias, config)
-        slots = order.unsorted(grouped_linear(rows, order, weight, bias))
+        slots = grouped_linear(rows, order, weight, bias)[order.rows]
         slots = slots.view(*routed.indices.shape, -1, self.head_dim)  # (B, T, K, H, d)
         if config.qk_norm is not None:
             by_head = config.qk_norm == "head"
@@ -236,6 +238,6 @@ class MixtureOfAttention(nn.Module):
         else:
             slots = take_slots(heads, routed.indices, config) * routed.weights[..., None, None]
             rows = slots.flatten(-2).flatten(0, -2)[order.slots]
-            sums = order.unsorted(grouped_linear(rows, order, by_expert(self.o_proj.weight.T, config)))
+            sums = grouped_linear(rows, order, by_expert(self.o_proj.weight.T, config))[order.rows]
             output = sums.view(*routed.indices.shape, -1).sum(dim=2)
         return output + gates @ self.output_bias if config.attention_output_bias else output

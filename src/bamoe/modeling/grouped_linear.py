@@ -15,23 +15,20 @@ class ExpertOrder:
     """The N·K (token, slot) pairs sorted by expert.
 
     experts: (M,) the expert of each row. slots: (M,) its place among the pairs before sorting, token · K + slot.
-    offsets: (A,) int32, the row after each expert's last.
+    rows: (M,) the row of each pair. offsets: (A,) int32, the row after each expert's last.
     """
 
     experts: torch.Tensor
     slots: torch.Tensor
+    rows: torch.Tensor
     offsets: torch.Tensor
-
-    def unsorted(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows (M, ...) in the order of the pairs before sorting."""
-        return rows[torch.argsort(self.slots)]
 
 
 def order_by_expert(indices: torch.Tensor, num_experts: int) -> ExpertOrder:
     """Sort the selections (N, K)."""
     experts, slots = indices.flatten().sort(stable=True)
     ends = torch.arange(1, num_experts + 1, device=indices.device)
-    return ExpertOrder(experts, slots, torch.searchsorted(experts, ends).int())
+    return ExpertOrder(experts, slots, slots.argsort(), torch.searchsorted(experts, ends).int())
 
 
 def grouped_linear(
@@ -49,19 +46,17 @@ def compute_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def can_group(*weights: torch.Tensor) -> bool:
-    """Whether the kernel can run weights (A, out, in): rows of 16 bytes of a type it knows, on a device that has it."""
-    for weight in weights:
-        dtype = compute_dtype(weight)
-        if dtype not in (torch.bfloat16, torch.float32, torch.float16):
-            return False
-        if any(size * dtype.itemsize % 16 for size in weight.shape[1:]):
-            return False
-        if torch.compiler.is_compiling() and weight.dtype != torch.bfloat16:
-            return False
-        if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 0):
-            return False
-    return True
+def can_group(weight: torch.Tensor, *widths: int) -> bool:
+    """Whether the kernel can run a weight like this between rows of these widths: rows of 16 bytes of a type it knows,
+    on a device that has it."""
+    dtype = compute_dtype(weight)
+    if dtype not in (torch.bfloat16, torch.float32, torch.float16):
+        return False
+    if any(width * dtype.itemsize % 16 for width in widths):
+        return False
+    if torch.compiler.is_compiling() and weight.dtype != torch.bfloat16:
+        return False
+    return not weight.is_cuda or torch.cuda.get_device_capability(weight.device) >= (8, 0)
 
 
 def is_plain(projection: nn.Module) -> bool:

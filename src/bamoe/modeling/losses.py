@@ -1,4 +1,5 @@
-"""What routers add to a training loss: load-balance and z losses, exact over ranks and accumulated batches.
+"""What routers add to a training loss: load-balance and z losses, exact over ranks and accumulated batches; and the
+cross-entropy that transformers' models do not have.
 
 Shapes: N tokens, E experts, K selected experts.
 """
@@ -99,10 +100,30 @@ def sum_over_ranks(values: torch.Tensor, group: dist.ProcessGroup | None) -> tor
     return values
 
 
+def cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None, label_smoothing: float
+) -> torch.Tensor:
+    """Mean cross-entropy of logits (B, T, V) over labels (B, T) that are not -100, or the sum over num_items_in_batch.
+
+    `loss_function` would shift them: transformers takes every model for conditional generation for a decoder.
+    """
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = F.cross_entropy(
+        logits.float().flatten(0, -2),
+        labels.flatten().to(logits.device),
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
 class RouterLossMixin:
     """Adds the router losses to the loss of a model with a head; see `add_router_losses`."""
 
     config: AttentionExpertsConfig
+    training: bool
     data_parallel_group: dist.ProcessGroup | None = None
     named_parameters: Callable[[], Iterator[tuple[str, nn.Parameter]]]
     _tp_size: int | None
@@ -152,8 +173,18 @@ class RouterLossMixin:
         both = "fsdp" in (mesh.mesh_dim_names or ()) and mesh["fsdp"].size() > 1
         return mesh["fsdp"].get_group() if both else None
 
-    def refuse_task_blind_router(self) -> None:
-        """Raise ValueError when a router whose gate is always 1 would be trained: the task cannot train it."""
+    def trains_with(self, labels: torch.Tensor | None) -> bool:
+        """Whether a forward pass with these labels is a training step, to whose loss the router losses belong.
+
+        Raises:
+            ValueError: it would train a router whose gate is always 1: the task cannot train it.
+        """
+        training: bool = self.training and labels is not None and torch.is_grad_enabled()
+        if training:
+            self._refuse_task_blind_router()
+        return training
+
+    def _refuse_task_blind_router(self) -> None:
         # By module, not by parameter: adapters train a router under names of their own.
         training = {
             router

@@ -191,13 +191,14 @@ class BamoeModel(BamoePreTrainedModel):
         masks = self._masks(inputs_embeds, attention_mask, position_ids, past_key_values)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
+        token_mask = real_tokens(attention_mask, inputs_embeds.shape[1])
         hidden_states, logits = inputs_embeds, None
         router_logits, attention_router_logits, dropped_assignments = [], [], []
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
             hidden_states, logits, attention_logits, dropped = layer(
                 hidden_states,
                 logits,
-                token_mask=real_tokens(attention_mask, hidden_states.shape[1]),
+                token_mask=token_mask,
                 attention_mask=masks[layer_type],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
@@ -282,9 +283,7 @@ class BamoeForCausalLM(RouterLossMixin, BamoePreTrainedModel, GenerationMixin):
         Raises:
             ValueError: training a router whose gate is always 1 (top-1, renormalised): the task cannot train it.
         """
-        training = self.training and labels is not None and torch.is_grad_enabled()
-        if training:
-            self.refuse_task_blind_router()
+        training = self.trains_with(labels)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         outputs = self.model(

@@ -99,9 +99,7 @@ class BamoeForMaskedLM(RouterLossMixin, TransformerPreTrainedModel):
         Raises:
             ValueError: training a router whose gate is always 1 (top-1, renormalised): the task cannot train it.
         """
-        training = self.training and labels is not None and torch.is_grad_enabled()
-        if training:
-            self.refuse_task_blind_router()
+        training = self.trains_with(labels)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         outputs = self.model(

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
@@ -26,7 +25,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import MixtureOfAttention
 from .configuration_bamoe_encoder_decoder import BamoeEncoderDecoderConfig
-from .losses import RouterLosses, RouterLossMixin, router_losses, sum_router_losses
+from .losses import RouterLosses, RouterLossMixin, cross_entropy, router_losses, sum_router_losses
 from .pretrained import real_tokens
 from .transformer_blocks import (
     DecoderLayer,
@@ -274,9 +273,7 @@ class BamoeForConditionalGeneration(RouterLossMixin, BamoeEncoderDecoderPreTrain
             ValueError: labels that cannot be shifted for want of a padding or start token; or training a router whose
                 gate is always 1 (top-1, renormalised): the task cannot train it.
         """
-        training = self.training and labels is not None and torch.is_grad_enabled()
-        if training:
-            self.refuse_task_blind_router()
+        training = self.trains_with(labels)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -383,25 +380,6 @@ class BamoeForConditionalGeneration(RouterLossMixin, BamoeEncoderDecoderPreTrain
             (outputs.cross_attention_router_logits, target_mask),
         ]
         return sum_router_losses([router_losses(logits, top_k, mask, group) for logits, mask in routers if logits])
-
-
-def cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None, label_smoothing: float
-) -> torch.Tensor:
-    """Mean cross-entropy of logits (B, T, V) over labels (B, T) that are not -100, or the sum over num_items_in_batch.
-
-    `loss_function` would shift them: transformers takes every model for conditional generation for a decoder.
-    """
-    reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = F.cross_entropy(
-        logits.float().flatten(0, -2),
-        labels.flatten().to(logits.device),
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
-    if isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(loss.device)
-    return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
 BamoeEncoderDecoderConfig.register_for_auto_class()

@@ -15,10 +15,9 @@ from bamoe.checkpoints.provenance import PROVENANCE_FILE
 from bamoe.checkpoints.reader import CheckpointReader, resolve
 from bamoe.errors import BamoeError, CheckpointError, CompatibilityError, ConfigError
 from bamoe.families import family_of
+from bamoe.modeling import CONFIGS
 from bamoe.modeling.configuration_attention import AttentionExpertsConfig
 from bamoe.modeling.configuration_bamoe import BamoeConfig
-from bamoe.modeling.configuration_bamoe_encoder import BamoeEncoderConfig
-from bamoe.modeling.configuration_bamoe_encoder_decoder import BamoeEncoderDecoderConfig
 from bamoe.modeling.costs import (
     FlopsPerToken,
     ParameterCounts,
@@ -27,8 +26,6 @@ from bamoe.modeling.costs import (
     flops_per_token,
     kv_cache_bytes_per_token,
 )
-
-MIXTURES = {config.model_type for config in (BamoeConfig, BamoeEncoderConfig, BamoeEncoderDecoderConfig)}
 
 
 def inspect(source: str | Path, context: int | None = None) -> dict[str, Any]:
@@ -49,7 +46,7 @@ def inspect(source: str | Path, context: int | None = None) -> dict[str, Any]:
     with CheckpointReader(resolve(str(source))) as reader:
         raw, path = reader.config, reader.path
         dtypes = {info.dtype for info in reader.tensors.values()}
-    config = load_config(path) if raw.get("model_type") in MIXTURES else None
+    config = load_config(path) if raw.get("model_type") in CONFIGS else None
     assert config is None or isinstance(config, AttentionExpertsConfig)
     costs = dense_costs(raw, context) if config is None else mixture_costs(config, context)
     flops = asdict(costs.flops_per_token) | {"total": costs.flops_per_token.total}
