@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -28,6 +29,8 @@ from .configuration_bamoe import BamoeConfig
 
 # transformers lets a model choose its experts backend only if its file has the text "@use_experts_implementation".
 from .feed_forward import FeedForwardExperts, MixtureOfFeedForward, ZeroComputationExperts
+from .grouped_linear import is_plain
+from .linear_cross_entropy import linear_cross_entropy
 from .losses import RouterLosses, RouterLossMixin, router_losses, sum_router_losses
 from .pretrained import MixturePreTrainedModel, real_tokens
 from .routing import FeedForwardRouter
@@ -271,6 +274,7 @@ class BamoeForCausalLM(RouterLossMixin, BamoePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> BamoeCausalLMOutput:
         """Predict the next tokens of input_ids (B, T); with `labels` (B, T) also the loss.
@@ -279,6 +283,10 @@ class BamoeForCausalLM(RouterLossMixin, BamoePreTrainedModel, GenerationMixin):
         evaluation mode it is the cross-entropy alone. Routers that run all their experts need no such losses. A loss
         of your own (no `labels`; label smoothing in `Trainer` too) has none of it: ask for `output_router_logits` and
         add `aux_loss` and `z_loss` of the output.
+
+        Args:
+            skip_logits: with labels, leave the logits out of the output; the loss then never holds more than a part of
+                them (see `linear_cross_entropy`), unless the head is more than a product (adapters, quantisation, ...).
 
         Raises:
             ValueError: training a router whose gate is always 1 (top-1, renormalised): the task cannot train it.
@@ -298,22 +306,29 @@ class BamoeForCausalLM(RouterLossMixin, BamoePreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept]) * self.config.logit_scale
+        hidden_states = outputs.last_hidden_state[:, kept] * self.config.logit_scale
+        skip_logits = skip_logits and labels is not None
+        logits = None if skip_logits and is_plain(self.lm_head) else self.lm_head(hidden_states)
 
         loss, losses = None, None
         if training or output_router_logits:
             losses = self._router_losses(outputs, attention_mask, self.loss_group() if training else None)
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+            shifted = kwargs.get("shift_labels")
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100) if shifted is None else shifted
+            items = kwargs.get("num_items_in_batch")
+            if logits is None:
+                total = linear_cross_entropy(hidden_states.flatten(0, 1), self.lm_head.weight, targets.flatten())
+                loss = total / ((targets != -100).sum() if items is None else items)
+            else:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
             if training and losses is not None:
-                shifted = kwargs.get("shift_labels")
-                targets = labels[:, 1:] if shifted is None else shifted
-                loss = self.add_router_losses(loss, losses, targets, kwargs.get("num_items_in_batch"))
+                loss = self.add_router_losses(loss, losses, targets, items)
         return BamoeCausalLMOutput(
             loss=loss,
             aux_loss=None if losses is None else losses.load_balance,
             z_loss=None if losses is None else losses.z,
-            logits=logits,
+            logits=None if skip_logits else logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -28,6 +28,7 @@ from bamoe.data.tokens import TokenStream
 from bamoe.errors import BamoeError
 from bamoe.evaluation.perplexity import evaluate_streams
 from bamoe.evaluation.routing import router_statistics, update_statistics
+from bamoe.modeling import BamoeConfig
 from bamoe.training.collapse import ENOUGH_ASSIGNMENTS, CollapseWatch
 from bamoe.training.config import TrainConfig
 from bamoe.training.optimizer_state import OPTIMIZER_STATE, load_optimizer_state, save_optimizer_state
@@ -148,6 +149,8 @@ class BlockTrainer(Trainer):
         """The Trainer's own loss; also collects what the routers of a mixture did."""
         # With a cache, documents packed into one block would see each other.
         inputs = {**inputs, "use_cache": False} | ({"output_router_logits": True} if self.routers else {})
+        if self.model.config.model_type == BamoeConfig.model_type:
+            inputs["skip_logits"] = True
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.routers:
             update_statistics(self.routers, outputs)
