@@ -24,7 +24,16 @@ from transformers.models.cohere import modeling_cohere as interleaved_rope
 from transformers.models.llama import modeling_llama as half_split_rope
 
 from .configuration_attention import AttentionExpertsConfig
-from .grouped_linear import ExpertOrder, can_group, grouped_linear, is_plain, order_by_expert
+from .grouped_linear import (
+    ExpertOrder,
+    can_group,
+    grouped_linear,
+    is_plain,
+    order_by_expert,
+    sort_slots,
+    sort_tokens,
+    unsort,
+)
 from .head_layout import (
     by_expert,
     expand_to_heads,
@@ -192,11 +201,10 @@ class MixtureOfAttention(nn.Module):
                 query = self.q_norm(query, self.local_heads(self.q_norm.weight, 0, expand))
             return query if routed is None else select_heads(query, routed.indices, config)
         assert routed is not None
-        top_k = routed.indices.shape[-1]
-        rows = hidden_states.flatten(0, -2)[order.slots // top_k]
+        rows = sort_tokens(hidden_states.flatten(0, -2), order)
         weight = by_expert(self.q_proj.weight, config).transpose(1, 2)
         bias = None if self.q_proj.bias is None else by_expert(self.q_proj.bias, config)
-        slots = grouped_linear(rows, order, weight, bias)[order.rows]
+        slots = unsort(grouped_linear(rows, order, weight, bias), order)
         slots = slots.view(*routed.indices.shape, -1, self.head_dim)  # (B, T, K, H, d)
         if config.qk_norm is not None:
             by_head = config.qk_norm == "head"
@@ -237,7 +245,7 @@ class MixtureOfAttention(nn.Module):
             output = self.o_proj(heads.flatten(-2))
         else:
             slots = take_slots(heads, routed.indices, config) * routed.weights[..., None, None]
-            rows = slots.flatten(-2).flatten(0, -2)[order.slots]
-            sums = grouped_linear(rows, order, by_expert(self.o_proj.weight.T, config))[order.rows]
+            rows = sort_slots(slots.flatten(-2).flatten(0, -2), order)
+            sums = unsort(grouped_linear(rows, order, by_expert(self.o_proj.weight.T, config)), order)
             output = sums.view(*routed.indices.shape, -1).sum(dim=2)
         return output + gates @ self.output_bias if config.attention_output_bias else output

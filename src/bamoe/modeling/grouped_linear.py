@@ -4,6 +4,7 @@ Shapes: N tokens, K selected experts, A experts, M = N·K rows, one per token an
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,54 @@ def order_by_expert(indices: torch.Tensor, num_experts: int) -> ExpertOrder:
     experts, slots = indices.flatten().sort(stable=True)
     ends = torch.arange(1, num_experts + 1, device=indices.device)
     return ExpertOrder(experts, slots, slots.argsort(), torch.searchsorted(experts, ends).int())
+
+
+class _Permuted(torch.autograd.Function):
+    """values[permutation], whose gradient is a gather too; that of an index in general adds up rows one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, permutation: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(permutation, inverse)
+        return values.index_select(0, permutation)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        permutation, inverse = ctx.saved_tensors
+        return _Permuted.apply(gradient, inverse, permutation), None, None
+
+
+class _Repeated(torch.autograd.Function):
+    """Each token's row once for each of its K experts, sorted by expert; its gradient gathers and sums K rows."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(slots, rows)
+        ctx.tokens = len(tokens)
+        return tokens.index_select(0, slots // (len(slots) // len(tokens)))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        slots, rows = ctx.saved_tensors
+        by_token = _Permuted.apply(gradient, rows, slots).unflatten(0, (ctx.tokens, -1))
+        return by_token.sum(dim=1), None, None
+
+
+def sort_tokens(tokens: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
+    """Rows (M, in) sorted by expert of tokens (N, in), each once for each of its experts."""
+    output: torch.Tensor = _Repeated.apply(tokens, order.slots, order.rows)
+    return output
+
+
+def sort_slots(slots: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
+    """Rows (M, in) sorted by expert of slots (M, in) in the order token · K + slot."""
+    output: torch.Tensor = _Permuted.apply(slots, order.slots, order.rows)
+    return output
+
+
+def unsort(rows: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
+    """The inverse of `sort_slots`."""
+    output: torch.Tensor = _Permuted.apply(rows, order.rows, order.slots)
+    return output
 
 
 def grouped_linear(
@@ -77,4 +126,13 @@ def is_plain(projection: nn.Module) -> bool:
     )
 
 
-__all__ = ["ExpertOrder", "can_group", "grouped_linear", "is_plain", "order_by_expert"]
+__all__ = [
+    "ExpertOrder",
+    "can_group",
+    "grouped_linear",
+    "is_plain",
+    "order_by_expert",
+    "sort_slots",
+    "sort_tokens",
+    "unsort",
+]
