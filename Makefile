@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick test check format install clean
+.PHONY: demo demo-quick test check format bench bench-full install clean
 
 demo: install            ## the three phases for real: about ten minutes on two cores
 	$(BIN)/bamoe demo demo
@@ -24,6 +24,12 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: install           ## speed and memory beside peers and limits: at most ten minutes on two quiet cores
+	$(BIN)/python benchmarks/speed/bench.py bench
+
+bench-full: install      ## the same with more sizes and turns
+	$(BIN)/python benchmarks/speed/bench.py bench --full
+
 install: $(INSTALLED)    ## .venv with the package and its development tools
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -32,4 +38,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $(INSTALLED)
 
 clean:
-	rm -rf $(VENV) demo demo-quick
+	rm -rf $(VENV) demo demo-quick bench

@@ -10,6 +10,7 @@ norms not; a training step is three times a forward pass. On a GPU, if there is 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import shlex
 import subprocess
@@ -23,7 +24,12 @@ import torch
 from harness import Bench, Part, Record, put, section
 from rich.console import Console
 
-PARTS = ("training_step",)
+# In the order of the page.
+PARTS = (
+    "training_step", "soft_attention", "parallel_block", "generation", "scaling", "training_memory", "compiled",
+    "upcycling", "start_up",
+)  # fmt: skip
+WIDE = 170  # characters of a table
 
 
 def part_of(name: str) -> Part:
@@ -35,8 +41,10 @@ def part_of(name: str) -> Part:
 def run(name: str, given: argparse.Namespace) -> None:
     """Measure one part in this process."""
     console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, WIDE)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     part = part_of(name)
+    gc.freeze()  # else every collection between two timed calls walks through torch and transformers
     device = torch.device("cpu") if part.needs_cpu or accelerator is None else accelerator
     torch.set_num_threads(given.threads or torch.get_num_threads())
     with tempfile.TemporaryDirectory(dir=given.out) as work:

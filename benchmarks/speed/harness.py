@@ -49,7 +49,8 @@ class Bench:
     def turns(self, calls: Mapping[str, Call], turns: int | None = None) -> Turns:
         """Run every call once a turn, in an order that rotates; the first turns warm up and do not count."""
         warm_up, counted = 1, turns or (15 if self.full else 5)
-        names, seconds = list(calls), {name: [] for name in calls}
+        names = list(calls)
+        seconds: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(warm_up + counted):
             shift = turn % len(names)
             for name in names[shift:] + names[:shift]:
@@ -86,7 +87,7 @@ class Turns:
     def ratio(self, name: str, other: str, factor: float = 1.0) -> dict[str, Any]:
         """`factor` times the candidate's seconds over another's: the median over the turns and its quartiles."""
         ratios = [factor * a / b for a, b in zip(self.seconds[name], self.seconds[other], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         return {"ratio": middle, "quartiles": f"{low:.2f} to {high:.2f}"}
 
 

@@ -73,8 +73,8 @@ def mixture_config(
 
 def mixtures(shape: Shape) -> dict[str, BamoeConfig]:
     """One mixture of each kind."""
-    sparse = {"attention_routing": "top_k", "num_attention_experts_per_tok": 2}
-    zero_computation = {"num_zero_experts": 1, "num_copy_experts": 1, "num_constant_experts": 2}
+    sparse: dict[str, Any] = {"attention_routing": "top_k", "num_attention_experts_per_tok": 2}
+    zero_computation: dict[str, Any] = {"num_zero_experts": 1, "num_copy_experts": 1, "num_constant_experts": 2}
     return {
         "BAM, KV experts": mixture_config(shape, EXPERTS, "experts", EXPERTS),
         "BAM, KV sharing": mixture_config(shape, EXPERTS, "shared", EXPERTS),
