@@ -72,13 +72,14 @@ SIZES: dict[str, Any] = {
     # the mixtures take several thousand.
     "norm_first": True,
     "initializer_range": 128**-0.5,
+    "steps": 1500,
     "batch_blocks": 128,
     "warmup_steps": 300,
     "scaling_factor": 8.0,  # gates sum to the number of heads and add them up; the paper's 1 averages them
 }
 QUICK = SIZES | {
     "vocabulary": 300, "sequence_length": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-    "heads": 2, "head_dim": 8, "experts": [2, 4], "batch_blocks": 8, "warmup_steps": 5,
+    "heads": 2, "head_dim": 8, "experts": [2, 4], "steps": 20, "batch_blocks": 8, "warmup_steps": 5,
 }  # fmt: skip
 
 
@@ -144,13 +145,13 @@ class MaskedText:
             part: {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in local_files(corpus)}
             for part, corpus in self.corpora.items()
         }
-        chosen = {name: getattr(self.given, name) for name in ("steps", "learning_rate", "valid_blocks")}
+        chosen = {name: getattr(self.given, name) for name in ("learning_rate", "valid_blocks")}
         sizes = {name: size for name, size in self.sizes.items() if name != "experts"}  # a row's own are in its config
         return {**chosen, **sizes, "masked": MASKED, "draws": DRAWS, "sha256": hashes}
 
     def train(self, row: Row, model: PreTrainedModel, seed: int) -> dict[str, Any]:
         """Train a model and score it on every masking of the held-out text."""
-        sizes, steps = self.sizes, self.given.steps
+        sizes, steps = self.sizes, self.sizes["steps"]
         mask = self.masks(seed)
 
         def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -207,7 +208,7 @@ class MaskedText:
 
 def report(text: MaskedText, rows: Sequence[Row], runs: Mapping[str, list[Run]], seeds: Sequence[int]) -> Document:
     """The report of all rows."""
-    sizes, steps = text.sizes, text.given.steps
+    sizes, steps = text.sizes, text.sizes["steps"]
     length, blocks = sizes["sequence_length"], sizes["batch_blocks"]
     introduction = (
         f"Masked language models of width {sizes['hidden_size']}, {sizes['num_hidden_layers']} layers, trained for "
@@ -288,7 +289,7 @@ def main() -> None:
     parser.add_argument("train")
     parser.add_argument("valid")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, help=f"default: {SIZES['steps']}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--valid-blocks", type=int, default=1000, help="blocks of held-out text, at most")
@@ -296,7 +297,8 @@ def main() -> None:
     parser.add_argument("--scaling-factor", type=float, default=SIZES["scaling_factor"], help="what gates sum to")
     parser.add_argument("--quick", action="store_true", help="tiny models, to see that it runs")
     given = parser.parse_args()
-    text = MaskedText(given, (QUICK if given.quick else SIZES) | {"scaling_factor": given.scaling_factor})
+    sizes = (QUICK if given.quick else SIZES) | {"scaling_factor": given.scaling_factor}
+    text = MaskedText(given, sizes | ({"steps": given.steps} if given.steps else {}))
     rows = rows_of(text.sizes, len(text.tokenizer), text.tokenizer.pad_token_id)
     chosen = [row for row in rows if given.rows is None or row.key in given.rows]
     runs = Comparison(given.out, chosen, text.settings(), text.train).runs(given.seeds)

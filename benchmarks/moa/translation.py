@@ -65,7 +65,10 @@ BEAMS = 5
 SHOWN = 6  # translations in the report
 BOOTSTRAP = 1000
 
-_COMMON = ("hidden_size", "num_hidden_layers", "num_decoder_layers", "dropout", "label_smoothing")
+_COMMON = (
+    "hidden_size", "num_hidden_layers", "num_decoder_layers", "dropout", "label_smoothing", "norm_first",
+    "initializer_range",
+)  # fmt: skip
 SIZES: dict[str, Any] = {
     "vocabulary": 4000,
     "hidden_size": 128,
@@ -77,6 +80,9 @@ SIZES: dict[str, Any] = {
     "experts": 16,
     "dropout": 0.1,
     "label_smoothing": 0.1,
+    # Post-norm, as in the paper, some rows never leave the plateau of token frequencies in so few steps.
+    "norm_first": True,
+    "initializer_range": 128**-0.5,
     "batch_pairs": 64,
     "warmup_steps": 400,
     "scaling_factor": 1.0,  # gates sum to 1 and average the heads, as in the paper; see docs/moa.md
@@ -353,7 +359,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--rows", nargs="+", help="only these: dense-macs, moa, dense-parameters; no report")
     parser.add_argument("--pairs", type=int, help="train on the first so many pairs")
     parser.add_argument("--test-pairs", type=int, help="test on the first so many pairs")
