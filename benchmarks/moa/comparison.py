@@ -118,7 +118,6 @@ def training_arguments(kind: type[TrainingArguments], folder: Path, **settings: 
         adam_beta1=0.9,
         adam_beta2=0.98,
         adam_epsilon=1e-9,
-        lr_scheduler_type="inverse_sqrt",
         logging_strategy="steps",
         save_strategy="no",
         report_to="none",

@@ -57,23 +57,20 @@ MASKED = 0.15
 DRAWS = 4  # maskings of the held-out text
 VALIDATIONS = 10  # over a run, on the first draw
 
-_COMMON = ("hidden_size", "intermediate_size", "num_hidden_layers", "dropout", "norm_first", "initializer_range")
+_COMMON = ("hidden_size", "intermediate_size", "num_hidden_layers", "dropout", "norm_first")
 SIZES: dict[str, Any] = {
     "vocabulary": 500,
     "sequence_length": 32,
-    "hidden_size": 128,
-    "intermediate_size": 512,
-    "num_hidden_layers": 3,
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
     "heads": 8,
-    "head_dim": 32,  # of the mixtures: 2 / heads of the width, as in MoA 8K8E128D
+    "head_dim": 16,  # of the mixtures: 2 / heads of the width, as in MoA 8K8E128D
     "experts": [8, 16, 32],
     "dropout": 0.0,  # every pass over the text has other masks
-    # What lets so small a model see beyond the frequencies of tokens in some hundred steps; with a quarter of the batch
-    # the mixtures take several thousand.
     "norm_first": True,
-    "initializer_range": 128**-0.5,
-    "steps": 1500,
-    "batch_blocks": 128,
+    "steps": 4000,
+    "batch_blocks": 64,
     "warmup_steps": 300,
     "scaling_factor": 8.0,  # gates sum to the number of heads and add them up; the paper's 1 averages them
 }
@@ -169,6 +166,7 @@ class MaskedText:
             train_sampling_strategy="sequential",
             remove_unused_columns=False,
             learning_rate=self.given.learning_rate,
+            lr_scheduler_type="linear",
             warmup_steps=sizes["warmup_steps"],
             max_grad_norm=1.0,
             logging_steps=50,

@@ -65,10 +65,7 @@ BEAMS = 5
 SHOWN = 6  # translations in the report
 BOOTSTRAP = 1000
 
-_COMMON = (
-    "hidden_size", "num_hidden_layers", "num_decoder_layers", "dropout", "label_smoothing", "norm_first",
-    "initializer_range",
-)  # fmt: skip
+_COMMON = ("hidden_size", "num_hidden_layers", "num_decoder_layers", "dropout", "label_smoothing", "norm_first")
 SIZES: dict[str, Any] = {
     "vocabulary": 4000,
     "hidden_size": 128,
@@ -82,7 +79,6 @@ SIZES: dict[str, Any] = {
     "label_smoothing": 0.1,
     # Post-norm, as in the paper, some rows never leave the plateau of token frequencies in so few steps.
     "norm_first": True,
-    "initializer_range": 128**-0.5,
     "batch_pairs": 64,
     "warmup_steps": 400,
     "scaling_factor": 1.0,  # gates sum to 1 and average the heads, as in the paper; see docs/moa.md
@@ -203,6 +199,7 @@ class Translation:
             per_device_eval_batch_size=self.sizes["batch_pairs"],
             train_sampling_strategy="sequential",
             learning_rate=self.given.learning_rate,
+            lr_scheduler_type="inverse_sqrt",
             warmup_steps=self.sizes["warmup_steps"],
             max_grad_norm=1.0,
             logging_steps=50,

@@ -20,7 +20,8 @@ VOCABULARY, EXPERTS, SELECTED, LAYERS = 40, 5, 2, 2
 COMMON = {
     "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS, "head_dim": 8,
     "num_attention_heads": EXPERTS, "num_attention_experts": EXPERTS, "num_attention_experts_per_tok": SELECTED,
-    "initializer_range": 0.5, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "initializer_range": 0.5, "router_initializer_range": None, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ SIZES = {
     "max_position_embeddings": 64,
     "dropout": 0.0,
     "initializer_range": 0.2,
+    "router_initializer_range": None,
     "pad_token_id": 0,
     "eos_token_id": 1,
     "bos_token_id": 2,

@@ -25,7 +25,7 @@ BAD_VALUES: dict[tuple[str, ...], dict[str, tuple[Any, ...]]] = {
         **dict.fromkeys(("attention_bias", "attention_output_bias", "use_cache", "tie_word_embeddings"), FLAG),
         "output_router_logits": FLAG,
         **dict.fromkeys(("router_aux_loss_coef", "router_z_loss_coef", "norm_eps"), COEFFICIENT),
-        "initializer_range": ("x", -1, NAN),
+        **dict.fromkeys(("initializer_range", "router_initializer_range"), ("x", -1, NAN)),
         "attention_dropout": SHARE,
         **dict.fromkeys(("pad_token_id", "bos_token_id"), (*TOKEN, [])),
         "eos_token_id": (*TOKEN, [1, "x"]),

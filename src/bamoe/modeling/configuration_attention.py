@@ -70,6 +70,7 @@ class AttentionExpertsConfig(PreTrainedConfig):
             experts; where each is a head, k adds them up as multi-head attention does.
         attention_bias: biases on the query, key and value projections.
         attention_output_bias: one output bias per attention expert, mixed by the gate.
+        router_initializer_range: standard deviation of routers' weights; None is initializer_range.
         router_aux_loss_coef, router_z_loss_coef: of the load-balance and z losses, added while training.
         output_router_logits: return router logits from every forward.
 
@@ -100,6 +101,7 @@ class AttentionExpertsConfig(PreTrainedConfig):
         "attention_routing": one_of("soft", "top_k"),
         "num_attention_experts_per_tok": INTEGER.or_none(),
         "attention_scaling_factor": POSITIVE,
+        "router_initializer_range": NOT_NEGATIVE.or_none(),
         "router_aux_loss_coef": NOT_NEGATIVE,
         "router_z_loss_coef": NOT_NEGATIVE,
         "output_router_logits": FLAG,
@@ -133,6 +135,7 @@ class AttentionExpertsConfig(PreTrainedConfig):
     attention_gate_norm: str | None = None
     attention_scaling_factor: float = 1.0
 
+    router_initializer_range: float | None = None
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.001
     output_router_logits: bool = False

@@ -27,8 +27,10 @@ class TransformerMixtureConfig(AttentionExpertsConfig):
         dropout: of the embeddings and of what is added to the residual stream; attention_dropout: of attention weights.
         tie_word_embeddings: one table for all embeddings and the head.
         max_position_embeddings: longest sequence; sinusoids have no parameters.
-        initializer_range: standard deviation of projections, routers and embeddings; None is 1/√hidden_size, Glorot's
-            for a square projection. (The 0.02 of larger models leaves a narrow one unable to learn to attend.)
+        initializer_range: standard deviation of projections and embeddings; None is 1/√hidden_size, Glorot's for a
+            square projection. (The 0.02 of larger models leaves a narrow one unable to learn to attend.)
+        router_initializer_range: standard deviation of routers' weights. Small, so that the selected heads start with
+            about equal gates: with 1/√hidden_size, a mixture of many heads learns much more slowly (docs/moa.md).
         num_key_value_heads: None is one per query head of an expert (that is, one for experts of one head), or with
             attention_key_value "experts", of all experts.
         head_dim: None is that of the dense model for one expert, hidden_size / num_attention_heads; else twice
@@ -67,6 +69,7 @@ class TransformerMixtureConfig(AttentionExpertsConfig):
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 1024
     initializer_range: float = None  # type: ignore[assignment]  # derived
+    router_initializer_range: float | None = 0.02
 
     def refuse_longer(self, length: int) -> None:
         """Raise ValueError for a sequence of more tokens than there are positions."""

@@ -43,7 +43,8 @@ class MixturePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Router):
-            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            std = self.config.router_initializer_range
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range if std is None else std)
         elif isinstance(module, HeadNorm):
             init.ones_(module.weight)
         elif isinstance(module, MixtureOfAttention) and self.config.attention_output_bias:
