@@ -10,9 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import Bench, Part, Result
+from harness import Bench, Part, Result, repeated, require_agreement
 from shapes import Shape, batch_of, mixtures, model_of
-from soft_attention import repeated, require_agreement
 from transformers import StaticCache
 
 from bamoe.modeling import BamoeConfig

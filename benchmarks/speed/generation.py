@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from harness import Bench, Part, Result
-from shapes import EXPERTS, Shape, batch_of, dense_config, mixture_config, mixtures, model_of
+from shapes import DENSE, EXPERTS, Shape, batch_of, built, counted, model_of
 from torch import nn
 from training_step import PRODUCT, product
 from transformers import DynamicCache
@@ -26,7 +26,6 @@ from bamoe.reports.table import Column
 
 BATCHES = (1, 8)
 STREAM = 16_384, 8192  # rows and columns of the matrix whose product with a vector shows how fast memory is read
-DENSE = "dense Llama"
 
 
 def shapes(bench: Bench) -> list[Shape]:
@@ -210,11 +209,8 @@ def table(
 def prefill_and_decode(shape: Shape, machine: Machine, bench: Bench) -> list[Result]:
     """Both for one shape, from the same models."""
     prompt = batch_of(shape, bench)
-    # The dense model's FLOPs are those of a mixture of one.
-    configs = {DENSE: mixture_config(shape), **mixtures(shape)}
-    models = {name: dense_config(shape) if name == DENSE else config for name, config in configs.items()}
-    generations = {name: Generation(model_of(config, bench), prompt) for name, config in models.items()}
-    works = {name: work_of(generation, configs[name]) for name, generation in generations.items()}
+    generations = {name: Generation(model_of(config, bench), prompt) for name, config in built(shape).items()}
+    works = {name: work_of(generations[name], config) for name, config in counted(shape).items()}
     return [
         table(
             what,

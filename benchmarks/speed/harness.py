@@ -46,14 +46,19 @@ class Bench:
         """Show progress."""
         self.console.print(text, style="dim")
 
-    def turns(self, calls: Mapping[str, Call], turns: int | None = None) -> Turns:
-        """Run every call once a turn, in an order that rotates; the first turns warm up and do not count."""
-        warm_up, counted = 1, turns or (15 if self.full else 5)
+    def turns(
+        self, calls: Mapping[str, Call], turns: int | None = None, warm_up: int = 1, before: Call | None = None
+    ) -> Turns:
+        """Run every call once a turn, in an order that rotates; the first turns warm up and do not count, and neither
+        does `before`, which runs before each call."""
+        counted = turns or (15 if self.full else 5)
         names = list(calls)
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(warm_up + counted):
             shift = turn % len(names)
             for name in names[shift:] + names[:shift]:
+                if before is not None:
+                    before()
                 taken = self.seconds(calls[name])
                 if turn >= warm_up:
                     seconds[name].append(taken)
@@ -89,6 +94,31 @@ class Turns:
         ratios = [factor * a / b for a, b in zip(self.seconds[name], self.seconds[other], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         return {"ratio": middle, "quartiles": f"{low:.2f} to {high:.2f}"}
+
+
+def require_agreement(calls: Mapping[str, Callable[[], torch.Tensor]]) -> None:
+    """Stop if a call returns anything but what the first one does, to half the digits of the type."""
+    first, *others = calls
+    expected = calls[first]().float()
+    for name in others:
+        found = calls[name]()
+        allowed = torch.finfo(found.dtype).eps ** 0.5 * expected.abs().max()
+        difference = (found.float() - expected).abs().max()
+        if not difference <= allowed:
+            raise AssertionError(f"{name} and {first} differ by {difference:.3g}, more than {allowed:.3g}")
+
+
+def repeated(calls: Mapping[str, Call], times: int) -> dict[str, Call]:
+    """Each call as often as a turn has it."""
+
+    def repeat(call: Call) -> Call:
+        def run() -> None:
+            for _ in range(times):
+                call()
+
+        return run
+
+    return {name: repeat(call) for name, call in calls.items()}
 
 
 @dataclass(frozen=True)

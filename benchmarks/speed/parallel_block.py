@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import Bench, Call, Part, Result
+from harness import Bench, Call, Part, Result, repeated, require_agreement
 from shapes import EXPERTS, Shape, mixture_config, model_of
-from soft_attention import CACHED, CALLS, HEAD_WIDTH, LONG, inference, repeated, require_agreement
+from soft_attention import CACHED, CALLS, HEAD_WIDTH, LONG, inference
 from torch import nn
 
 from bamoe.modeling.modeling_bamoe import BamoeDecoderLayer

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from bamoe.modeling import BamoeConfig, BamoeForCausalLM
 from bamoe.modeling.costs import flops_per_token
 
+DENSE = "dense Llama"
 EXPERTS = 4  # of attention and of feed-forward, as in the paper (BAM, section 4)
 
 
@@ -82,6 +83,16 @@ def mixtures(shape: Shape) -> dict[str, BamoeConfig]:
         "MoA": mixture_config(shape, 2 * EXPERTS, "shared", **sparse),
         "MoE++": mixture_config(shape, experts=2 * EXPERTS, num_experts_per_tok=2, **zero_computation),
     }
+
+
+def counted(shape: Shape) -> dict[str, BamoeConfig]:
+    """The dense model and every mixture as the cost model counts them: the dense one as a mixture of one."""
+    return {DENSE: mixture_config(shape), **mixtures(shape)}
+
+
+def built(shape: Shape) -> dict[str, PreTrainedConfig]:
+    """The same as they are built: the dense one as transformers' Llama."""
+    return {DENSE: dense_config(shape), **mixtures(shape)}
 
 
 def mixtral_config(shape: Shape, experts: int = EXPERTS, top_k: int = 2) -> MixtralConfig:

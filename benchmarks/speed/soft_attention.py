@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from harness import Bench, Call, Part, Result
+from harness import Bench, Part, Result, repeated, require_agreement
 from shapes import EXPERTS, Shape, dense_config, mixture_config, model_of
 from torch import nn
 from transformers import DynamicCache
@@ -136,31 +136,6 @@ def training(module: nn.Module, config: Any, shape: Shape, tokens: int, bench: B
         return hidden.grad
 
     return call
-
-
-def require_agreement(calls: Mapping[str, Callable[[], torch.Tensor]]) -> None:
-    """Stop if a call returns anything but what the first one does, to half the digits of the type."""
-    first, *others = calls
-    expected = calls[first]().float()
-    for name in others:
-        found = calls[name]()
-        allowed = torch.finfo(found.dtype).eps ** 0.5 * expected.abs().max()
-        difference = (found.float() - expected).abs().max()
-        if not difference <= allowed:
-            raise AssertionError(f"{name} and {first} differ by {difference:.3g}, more than {allowed:.3g}")
-
-
-def repeated(calls: Mapping[str, Call], times: int) -> dict[str, Call]:
-    """Each call as often as a turn has it."""
-
-    def repeat(call: Call) -> Call:
-        def run() -> None:
-            for _ in range(times):
-                call()
-
-        return run
-
-    return {name: repeat(call) for name, call in calls.items()}
 
 
 def compare(

@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 from harness import Bench, Part, Result
-from shapes import EXPERTS, Shape, batch_of, dense_config, mixture_config, mixtures, model_of, step_flops
+from shapes import DENSE, EXPERTS, Shape, batch_of, built, counted, dense_config, mixtures, model_of, step_flops
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import PreTrainedConfig
 
 from bamoe.reports.table import Column
-
-DENSE = "dense Llama"
 
 
 @dataclass(frozen=True)
@@ -78,11 +76,10 @@ def training_step(model: Any, ids: torch.Tensor, bench: Bench, **options: Any) -
 def activations(shape: Shape, bench: Bench) -> Result:
     """Every mixture beside the dense model, without and with gradient checkpointing."""
     ids = batch_of(shape, bench)
-    # The dense model's FLOPs are those of a mixture of one.
-    configs = {DENSE: mixture_config(shape), **mixtures(shape)}
+    configs = counted(shape)
     plain, checkpointed = {}, {}
-    for name, config in configs.items():
-        model = model_of(dense_config(shape) if name == DENSE else config, bench)
+    for name, config in built(shape).items():
+        model = model_of(config, bench)
         plain[name] = training_step(model, ids, bench)
         # Renamed in transformers 5.2x; the old name warns there.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from harness import Bench, Part, Result
 from shapes import (
+    DENSE,
     EXPERTS,
     Shape,
     batch_of,
-    dense_config,
+    built,
+    counted,
     jetmoe_config,
     mixtral_config,
     mixture_config,
-    mixtures,
     model_of,
     step_flops,
 )
@@ -71,10 +72,8 @@ def product(bench: Bench) -> tuple[Callable[[], object], float]:
 def against_dense(shape: Shape, bench: Bench) -> Result:
     """Achieved model FLOP/s of every mixture, over the dense model's and the matrix product's."""
     ids = batch_of(shape, bench)
-    # The dense model's FLOPs are those of a mixture of one.
-    configs = {"dense Llama": mixture_config(shape), **mixtures(shape)}
-    models = {name: model_of(config, bench) for name, config in configs.items() if name != "dense Llama"}
-    models["dense Llama"] = model_of(dense_config(shape), bench)
+    configs = counted(shape)
+    models = {name: model_of(config, bench) for name, config in built(shape).items()}
     flops = {name: step_flops(config, shape) for name, config in configs.items()}
     matmul, flops["product"] = product(bench)
     calls = {name: forward_backward(models[name], ids) for name in configs}
@@ -85,9 +84,9 @@ def against_dense(shape: Shape, bench: Bench) -> Result:
             "name": name,
             "flops": flops[name],
             "rate": flops[name] / passes.median(name),
-            **passes.ratio("dense Llama", name, flops[name] / flops["dense Llama"]),
+            **passes.ratio(DENSE, name, flops[name] / flops[DENSE]),
             "of_product": passes.ratio("product", name, flops[name] / flops["product"])["ratio"],
-            "with_optimizer": steps.ratio("dense Llama", name, flops[name] / flops["dense Llama"])["ratio"],
+            "with_optimizer": steps.ratio(DENSE, name, flops[name] / flops[DENSE])["ratio"],
         }
         for name in configs
     ]

@@ -88,17 +88,15 @@ def take_turns(calls: Mapping[str, Call], out: Path, read: Sequence[Path], bench
     There is no `out`, nothing waits to be written to the disk, and the files `read` are in the page cache (to empty
     it takes an administrator).
     """
-    names = list(calls)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(turns_of(bench)):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            shutil.rmtree(out, ignore_errors=True)
-            os.sync()
-            run(["cat", *read], bench.threads)
-            seconds[name].append(bench.seconds(calls[name]))
+
+    def before() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        os.sync()
+        run(["cat", *read], bench.threads)
+
+    turns = bench.turns(calls, turns_of(bench), warm_up=0, before=before)
     shutil.rmtree(out, ignore_errors=True)
-    return Turns(seconds)
+    return turns
 
 
 def limits(made: Path, out: Path, read: Sequence[Path], bench: Bench) -> dict[str, Call]:
