@@ -61,5 +61,6 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
     dtype = compute_dtype(weight)
     with torch.autocast(hidden.device.type, enabled=False):
         rows = max(1, HELD_LOGITS // len(weight))
+        targets = targets.to(hidden.device)  # with a model spread over devices, labels lie on the first
         loss: torch.Tensor = _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), targets, rows)
         return loss

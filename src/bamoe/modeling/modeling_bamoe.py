@@ -319,7 +319,8 @@ class BamoeForCausalLM(RouterLossMixin, BamoePreTrainedModel, GenerationMixin):
             items = kwargs.get("num_items_in_batch")
             if logits is None:
                 total = linear_cross_entropy(hidden_states.flatten(0, 1), self.lm_head.weight, targets.flatten())
-                loss = total / ((targets != -100).sum() if items is None else items)
+                count = (targets != -100).sum() if items is None else items
+                loss = total / torch.as_tensor(count, device=total.device)
             else:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
             if training and losses is not None:
