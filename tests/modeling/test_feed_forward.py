@@ -2,7 +2,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bamoe.modeling import feed_forward
 from bamoe.modeling.feed_forward import MixtureOfFeedForward
 from tests.modeling.conftest import tiny_config, tiny_model
 
@@ -72,15 +71,14 @@ def test_output_scale_of_the_experts_count_keeps_the_function_of_identical_exper
 
 @pytest.fixture
 def grouped_calls(monkeypatch):
-    """Counts the calls of transformers' grouped matrix products."""
-    calls = []
-    original = feed_forward.grouped_mm_experts_forward
+    """Counts the grouped matrix products."""
+    calls, kernel = [], F.grouped_mm
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         calls.append(arguments)
-        return original(*arguments)
+        return kernel(*arguments, **options)
 
-    monkeypatch.setattr(feed_forward, "grouped_mm_experts_forward", counted)
+    monkeypatch.setattr(F, "grouped_mm", counted)
     return calls
 
 
@@ -88,10 +86,10 @@ def test_grouped_mm_is_the_default_and_really_runs(grouped_calls):
     model = tiny_model()
     assert model.config._experts_implementation == "grouped_mm"
     model(torch.randint(3, 64, (1, 6)))
-    assert len(grouped_calls) == model.config.num_hidden_layers
+    assert len(grouped_calls) == 2 * model.config.num_hidden_layers  # up and down
 
 
-@pytest.mark.parametrize(("width", "dtype", "grouped"), [(48, torch.float32, 2), (46, torch.float32, 0)])
+@pytest.mark.parametrize(("width", "dtype", "grouped"), [(48, torch.float32, 4), (46, torch.float32, 0)])
 def test_a_size_the_kernel_cannot_run_falls_back(grouped_calls, width, dtype, grouped):
     model = tiny_model(intermediate_size=width)
     tokens = torch.randint(3, 64, (1, 6))
@@ -108,6 +106,6 @@ def test_the_decision_follows_the_dtype_of_the_call(grouped_calls):
     tokens = torch.randint(3, 64, (1, 2))
     with torch.no_grad():
         model(tokens)
-        assert len(grouped_calls) == 2
+        assert len(grouped_calls) == 4
         model.bfloat16()(tokens)
-    assert len(grouped_calls) == 2
+    assert len(grouped_calls) == 4

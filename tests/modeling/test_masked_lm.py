@@ -5,13 +5,14 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, pad
 from transformers import AutoModel, AutoModelForMaskedLM, Trainer, TrainingArguments
 
 from bamoe.checkpoints.loading import load_config, load_model
 from bamoe.errors import CheckpointError
-from bamoe.modeling import BamoeEncoderConfig, BamoeEncoderModel, BamoeForMaskedLM, attention
+from bamoe.modeling import BamoeEncoderConfig, BamoeEncoderModel, BamoeForMaskedLM
 from tests.modeling.conftest import random_tokens
 from tests.modeling.moa_models import (
     DENSE,
@@ -102,8 +103,8 @@ def test_the_head_is_a_layer_a_norm_and_the_embeddings():
 
 def test_grouped_products_run_and_equal_the_eager_path(monkeypatch):
     model = masked_lm()
-    calls, grouped = [], attention.grouped_linear
-    monkeypatch.setattr(attention, "grouped_linear", lambda *arguments: calls.append(1) or grouped(*arguments))
+    calls, kernel = [], F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", lambda *given, **options: calls.append(1) or kernel(*given, **options))
     tokens = random_tokens()
     fast = model(tokens).logits
     assert len(calls) == 4  # queries and outputs of two layers

@@ -7,7 +7,8 @@ With every expert active the sum is one grouped-query attention with A times the
 expert's gate before a single output projection. So the projections are ordinary `nn.Linear`s, there is one attention
 call, and quantisers, adapters and serving engines work on them unchanged. `head_layout` has the order of the heads.
 
-With top-k routing a token is projected by the selected experts' W_q and W_o only, in one grouped matrix product each.
+With top-k routing a token is projected by the selected experts' W_q and W_o only, in one grouped matrix product each,
+or for a few tokens in one batched product with the weights that they selected.
 The obvious twin projects by all of them and leaves out the others' heads: it is what runs where the kernel cannot
 (`can_group`), where the projections are more than a product (`is_plain`: adapters, quantisation, offloading, hooks) or
 are spread over processes, and when `config._experts_implementation` is "eager".
@@ -20,20 +21,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.cohere import modeling_cohere as interleaved_rope
-from transformers.models.llama import modeling_llama as half_split_rope
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_attention import AttentionExpertsConfig
-from .grouped_linear import (
-    ExpertOrder,
-    can_group,
-    grouped_linear,
-    is_plain,
-    order_by_expert,
-    sort_slots,
-    sort_tokens,
-    unsort,
-)
+from .grouped_linear import ExpertOrder, FewRows, can_group, is_plain, order_by_expert, sum_over_slots
 from .head_layout import (
     by_expert,
     expand_to_heads,
@@ -46,6 +37,7 @@ from .head_layout import (
     take_slots,
 )
 from .parallel import LocalHeads
+from .rotary import apply_rotary_pos_emb
 from .routing import AttentionRouter, RouterOutput
 
 
@@ -148,13 +140,12 @@ class MixtureOfAttention(nn.Module):
         else:
             key, value = self._keys_and_values(hidden_states if key_value_states is None else key_value_states)
             if position_embeddings is not None:
-                rope = interleaved_rope if self.config.rope_interleaved else half_split_rope
-                query, key = rope.apply_rotary_pos_emb(query, key, *position_embeddings)
+                query, key = apply_rotary_pos_emb(query, key, *position_embeddings, self.config.rope_interleaved)
             if cache is not None:
                 key, value = cache.update(key, value, self.layer_idx)
 
         attention_interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, half_split_rope.eager_attention_forward
+            self.config._attn_implementation, eager_attention_forward
         )
         heads, attention_weights = attention_interface(
             self,
@@ -178,8 +169,8 @@ class MixtureOfAttention(nn.Module):
         routed.weights = routed.weights.to(hidden_states.dtype)
         return routed
 
-    def _order(self, routed: RouterOutput | None) -> ExpertOrder | None:
-        """The tokens sorted by selected expert, for the grouped products; None where they are not used."""
+    def _order(self, routed: RouterOutput | None) -> ExpertOrder | FewRows | None:
+        """How the selected experts' products run; None where all experts' do."""
         plain = is_plain(self.q_proj) and is_plain(self.o_proj) and self.local_heads.ranks == 1
         eager = getattr(self.config, "_experts_implementation", None) == "eager"
         if routed is None or not only_some_run(self.config) or eager or not plain:
@@ -187,10 +178,13 @@ class MixtureOfAttention(nn.Module):
         widths = self.config.hidden_size, self.config.num_dense_heads * self.head_dim
         if not all(can_group(projection.weight, *widths) for projection in (self.q_proj, self.o_proj)):
             return None
-        return order_by_expert(routed.indices.flatten(0, -2), self.config.num_attention_experts)
+        indices, experts = routed.indices.flatten(0, -2), self.config.num_attention_experts
+        if indices.numel() < experts and not torch.is_grad_enabled():
+            return FewRows(indices.flatten())
+        return order_by_expert(indices, experts)
 
     def _queries(
-        self, hidden_states: torch.Tensor, routed: RouterOutput | None, order: ExpertOrder | None
+        self, hidden_states: torch.Tensor, routed: RouterOutput | None, order: ExpertOrder | FewRows | None
     ) -> torch.Tensor:
         """Queries of the heads that attend (B, T, heads, d), normalised."""
         config = self.config
@@ -201,10 +195,9 @@ class MixtureOfAttention(nn.Module):
                 query = self.q_norm(query, self.local_heads(self.q_norm.weight, 0, expand))
             return query if routed is None else select_heads(query, routed.indices, config)
         assert routed is not None
-        rows = sort_tokens(hidden_states.flatten(0, -2), order)
-        weight = by_expert(self.q_proj.weight, config).transpose(1, 2)
-        bias = None if self.q_proj.bias is None else by_expert(self.q_proj.bias, config)
-        slots = unsort(grouped_linear(rows, order, weight, bias), order)
+        weight = by_expert(self.q_proj.weight, config, select=order.weights_of).transpose(1, 2)
+        bias = None if self.q_proj.bias is None else by_expert(self.q_proj.bias, config, select=order.weights_of)
+        slots = order.to_slots(order.linear(order.of_tokens(hidden_states.flatten(0, -2)), weight, bias))
         slots = slots.view(*routed.indices.shape, -1, self.head_dim)  # (B, T, K, H, d)
         if config.qk_norm is not None:
             by_head = config.qk_norm == "head"
@@ -231,21 +224,26 @@ class MixtureOfAttention(nn.Module):
             key = self.k_norm(key, self.local_heads(self.k_norm.weight, 0, expand))
         return key.transpose(1, 2), value.transpose(1, 2)
 
-    def _output(self, heads: torch.Tensor, routed: RouterOutput | None, order: ExpertOrder | None) -> torch.Tensor:
+    def _output(
+        self, heads: torch.Tensor, routed: RouterOutput | None, order: ExpertOrder | FewRows | None
+    ) -> torch.Tensor:
         """The experts' outputs, weighted by their gates: heads that attended (B, T, heads, d) to (B, T, D)."""
         config = self.config
         if routed is None:
             output = self.o_proj(heads.flatten(-2))
             return output + self.output_bias[0] if config.attention_output_bias else output
-        gates = torch.zeros_like(routed.logits, dtype=routed.weights.dtype)
-        gates = gates.scatter(-1, routed.indices, routed.weights)  # (B, T, A)
+        gates = routed.weights  # of all experts in their order, unless some are selected
+        if self.gate.top_k is not None:
+            gates = torch.zeros_like(routed.logits, dtype=gates.dtype).scatter(-1, routed.indices, gates)
         if order is None:
-            heads = spread_heads(heads, routed.indices, config)
-            heads = heads * self.local_heads(gates, -1, expand_to_heads)[..., None]
+            heads, per_head = spread_heads(heads, routed.indices, config), self.local_heads(gates, -1, expand_to_heads)
+            # Nobody else holds these heads; only their gradient would.
+            heads = heads * per_head[..., None] if torch.is_grad_enabled() else heads.mul_(per_head[..., None])
             output = self.o_proj(heads.flatten(-2))
         else:
             slots = take_slots(heads, routed.indices, config) * routed.weights[..., None, None]
-            rows = sort_slots(slots.flatten(-2).flatten(0, -2), order)
-            sums = unsort(grouped_linear(rows, order, by_expert(self.o_proj.weight.T, config)), order)
-            output = sums.view(*routed.indices.shape, -1).sum(dim=2)
+            rows = order.of_slots(slots.flatten(3).flatten(0, 2))
+            weight = by_expert(self.o_proj.weight, config, dim=1, select=order.weights_of).transpose(1, 2)
+            sums = order.to_slots(order.linear(rows, weight)).view(*routed.indices.shape, -1)
+            output = sum_over_slots(sums.flatten(0, 1)).view(*heads.shape[:2], -1)
         return output + gates @ self.output_bias if config.attention_output_bias else output

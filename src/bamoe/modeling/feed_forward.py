@@ -13,29 +13,31 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
-from transformers.integrations.moe import (
-    ExpertsInterface,
-    grouped_mm_experts_forward,
-    use_experts_implementation,
-)
+from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
 
 from .configuration_bamoe import BamoeConfig
+from .grouped_linear import can_group, order_by_expert, sum_over_slots
 from .routing import FeedForwardRouter, limit_assignments
 
 
 def grouped_mm_or_eager(
     experts: "FeedForwardExperts", hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Grouped matrix products where their kernel can run, else the eager loop.
+    """Grouped matrix products over sorted assignments where their kernel can run, else the eager loop.
 
     The kernel wants rows of a multiple of 16 bytes, and at least one. Decided per call: a width of 84 runs in float32
     and does not after `model.bfloat16()`.
     """
-    widths, element = experts.down_proj.shape[1:], experts.down_proj.element_size()
-    if len(hidden_states) and all(width * element % 16 == 0 for width in widths):
-        return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
-    eager = inspect.unwrap(type(experts).forward)
-    return eager(experts, hidden_states, top_k_index, top_k_weights)
+    if experts.is_dense:
+        return (experts.run(0, hidden_states) * top_k_weights).to(hidden_states.dtype)
+    order = order_by_expert(top_k_index, experts.num_experts, experts.some_reach_none)
+    if not len(order.slots) or not can_group(experts.down_proj, *experts.down_proj.shape[1:]):
+        eager = inspect.unwrap(type(experts).forward)
+        return eager(experts, hidden_states, top_k_index, top_k_weights)
+    rows = order.linear(order.of_tokens(hidden_states), experts.gate_up_proj.transpose(1, 2))
+    rows = order.linear(experts.activate(rows), experts.down_proj.transpose(1, 2))
+    slots = order.to_slots(rows).view(*top_k_index.shape, -1)
+    return sum_over_slots(slots * top_k_weights[..., None]).to(hidden_states.dtype)
 
 
 EXPERTS_BACKENDS = ExpertsInterface()
@@ -50,6 +52,8 @@ class FeedForwardExperts(nn.Module):
     `config._experts_implementation` (eager, batched_mm, grouped_mm) in its place.
     """
 
+    config: BamoeConfig  # set by the decorator
+
     def __init__(self, config: BamoeConfig):
         super().__init__()
         self.num_experts = config.num_experts
@@ -58,19 +62,53 @@ class FeedForwardExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, width, inner))
         self.act_fn = ACT2FN[config.hidden_act]
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether every token goes to the one expert there is."""
+        return self.config.num_routed_experts == 1
+
+    @property
+    def some_reach_none(self) -> bool:
+        """Whether assignments to no expert of this process may be given."""
+        fewer = self.config.num_routed_experts > self.config.num_experts or self.config.expert_capacity_factor
+        return bool(fewer) or self.is_expert_parallel
+
+    @property
+    def takes_assignments_to_none(self) -> bool:
+        """Whether assignments to expert number E, which is none, may be given: not to other processes, nor to a backend
+        of transformers'."""
+        return not self.is_expert_parallel and self.config._experts_implementation in ("eager", "grouped_mm")
+
+    @property
+    def is_expert_parallel(self) -> bool:
+        """Whether other processes hold other experts."""
+        spread: bool = getattr(self, "_is_expert_parallel", False)  # transformers before 5.23 does not say so
+        return spread
+
+    def activate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """act(gate) · up (..., F) of gate_up (..., 2F)."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        inner: torch.Tensor = self.act_fn(gate) * up
+        return inner
+
+    def run(self, expert: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """One expert on hidden_states (N, D)."""
+        return F.linear(self.activate(F.linear(hidden_states, self.gate_up_proj[expert])), self.down_proj[expert])
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Run hidden_states (N, D) through experts top_k_index (N, K), summed with top_k_weights (N, K): (N, D)."""
+        """Run hidden_states (N, D) through experts top_k_index (N, K), summed with top_k_weights (N, K): (N, D).
+
+        Assignments to expert number E are to none.
+        """
         output = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
             # Without any row an empty product still ties the weights to the loss: FSDP and DDP wait for gradients.
-            if len(token) == 0 and (len(hidden_states) or expert):
+            if len(token) == 0 and expert:
                 continue
-            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            weighted = expert_output * top_k_weights[token, slot, None]
+            weighted = self.run(expert, hidden_states[token]) * top_k_weights[token, slot, None]
             output = output.index_add(0, token, weighted.to(output.dtype))
         return output
 
@@ -190,9 +228,11 @@ class MixtureOfFeedForward(nn.Module):
         else:
             output = torch.zeros_like(tokens)
         weights = weights.to(tokens.dtype)
-        if torch.compiler.is_compiling():  # sizes may not depend on data: the others run expert 0 for nothing
-            indices, weights = indices.where(computed, 0), weights.where(computed, 0.0)
-            return output + self.experts(tokens, indices, weights)
+        if self.experts.takes_assignments_to_none:
+            return output + self.experts(tokens, indices.where(computed, self.num_experts), weights)
+        if torch.compiler.is_compiling() or (tokens.device.type != "cpu" and not self.experts.is_expert_parallel):
+            # How many there are is not known here in time, so the others run expert 0 for nothing.
+            return output + self.experts(tokens, indices.where(computed, 0), weights.where(computed, 0.0))
         token, slot = computed.nonzero(as_tuple=True)
         rows = self.experts(tokens.index_select(0, token), indices[token, slot][:, None], weights[token, slot][:, None])
         return output.index_add_(0, token, rows.to(output.dtype))

@@ -1,6 +1,8 @@
-"""A linear layer per expert, each applied to the tokens that selected it, as one grouped matrix product.
+"""A linear layer per expert, each applied to the tokens that selected it: `ExpertOrder` sorts them for one grouped
+matrix product, `FewRows` brings a few of them their weights for one batched product.
 
-Shapes: N tokens, K selected experts, A experts, M = N·K rows, one per token and slot.
+Shapes: N tokens, K selected experts, A experts, M rows, one per pair of a token and one of its K slots: N·K, or fewer
+where some reach no expert.
 """
 
 from dataclasses import dataclass
@@ -8,85 +10,158 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401  # defines the operator `grouped_mm_fallback`
 from torch import nn
 
 
 @dataclass
 class ExpertOrder:
-    """The N·K (token, slot) pairs sorted by expert.
+    """The (token, slot) pairs that reach an expert, sorted by expert: rows for one grouped product over all of them.
 
-    experts: (M,) the expert of each row. slots: (M,) its place among the pairs before sorting, token · K + slot.
-    rows: (M,) the row of each pair. offsets: (A,) int32, the row after each expert's last.
+    experts: (M,) the expert of each row. slots: (M,) its pair, token · K + slot. rows: (N·K,) the row of each pair.
+    offsets: (A,) int32, the row after each expert's last. kept: (N·K, 1), the pairs that reach an expert; None for all.
     """
 
     experts: torch.Tensor
     slots: torch.Tensor
     rows: torch.Tensor
     offsets: torch.Tensor
+    kept: torch.Tensor | None = None
+
+    def of_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Rows (M, in) of tokens (N, in), each once for each of its experts."""
+        output: torch.Tensor = _Repeated.apply(tokens, self.slots, self.rows, self.kept)
+        return output
+
+    def of_slots(self, slots: torch.Tensor) -> torch.Tensor:
+        """Rows (M, in) of pairs (N·K, in)."""
+        output: torch.Tensor = _Sorted.apply(slots, self.slots, self.rows, self.kept)
+        return output
+
+    def to_slots(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows (M, out) back in the order of the pairs (N·K, out), 0 for those that reach no expert."""
+        output: torch.Tensor = _Unsorted.apply(rows, self.slots, self.rows, self.kept)
+        return output
+
+    def weights_of(self, per_expert: torch.Tensor) -> torch.Tensor:
+        """What `linear` takes of values per expert (A, ...): all."""
+        return per_expert
+
+    def linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows (M, in) through each one's weight (A, in, out) and bias (A, out): (M, out).
+
+        Rows after the last offset, if any, are not computed: they hold anything.
+        """
+        dtype = compute_dtype(weight)
+        kernel = F.grouped_mm
+        if torch.compiler.is_compiling() and dtype != torch.bfloat16:  # the compiler knows it in bfloat16 alone
+            kernel = torch.ops.transformers.grouped_mm_fallback
+        output: torch.Tensor = kernel(rows.to(dtype), weight.to(dtype), offs=self.offsets)
+        return output if bias is None else output + bias.to(dtype).index_select(0, self.experts)
 
 
-def order_by_expert(indices: torch.Tensor, num_experts: int) -> ExpertOrder:
-    """Sort the selections (N, K)."""
+@dataclass
+class FewRows:
+    """The (token, slot) pairs as they stand, few enough to bring each the weight of its expert, as when decoding.
+
+    experts: (M,) the expert of each pair, with M = N·K.
+    """
+
+    experts: torch.Tensor
+
+    def of_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Rows (M, in) of tokens (N, in), each once for each of its experts."""
+        return tokens.repeat_interleave(len(self.experts) // len(tokens), dim=0)
+
+    def of_slots(self, slots: torch.Tensor) -> torch.Tensor:
+        """Rows (M, in) of pairs (N·K, in): themselves."""
+        return slots
+
+    def to_slots(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows (M, out) in the order of the pairs: themselves."""
+        return rows
+
+    def weights_of(self, per_expert: torch.Tensor) -> torch.Tensor:
+        """What `linear` takes of values per expert (A, ...): one per row, (M, ...)."""
+        return per_expert.index_select(0, self.experts)
+
+    def linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows (M, in) through each one's weight (M, in, out) and bias (M, out): (M, out)."""
+        dtype = compute_dtype(weight)
+        output = (rows.to(dtype)[:, None] @ weight.to(dtype))[:, 0]
+        return output if bias is None else output + bias.to(dtype)
+
+
+def order_by_expert(indices: torch.Tensor, num_experts: int, some_reach_none: bool = False) -> ExpertOrder:
+    """Sort the selections (N, K), once for all products over them; with `some_reach_none`, those of experts from
+    number A on are left out."""
     experts, slots = indices.flatten().sort(stable=True)
     ends = torch.arange(1, num_experts + 1, device=indices.device)
-    return ExpertOrder(experts, slots, slots.argsort(), torch.searchsorted(experts, ends).int())
+    offsets = torch.searchsorted(experts, ends).int()
+    rows = torch.empty_like(slots).scatter_(0, slots, torch.arange(len(slots), device=slots.device))
+    if not some_reach_none:
+        return ExpertOrder(experts, slots, rows, offsets)
+    kept = (rows < offsets[-1])[:, None]
+    if indices.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Elsewhere the number would have to be waited for, and so these rows stay, at the end, uncomputed.
+        experts, slots = experts[: offsets[-1]], slots[: offsets[-1]]
+    last = max(len(slots) - 1, 0)
+    return ExpertOrder(experts.clamp_max(num_experts - 1), slots, rows.clamp_max(last), offsets, kept)
 
 
-class _Permuted(torch.autograd.Function):
-    """values[permutation], whose gradient is a gather too; that of an index in general adds up rows one by one."""
+def _to_pairs(values: torch.Tensor, rows: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """Values of rows (M, D) as values of pairs (N·K, D)."""
+    pairs = values.index_select(0, rows)
+    return pairs if kept is None else pairs.masked_fill(~kept, 0)
+
+
+# A gather's gradient adds up rows one by one, since any row may have been taken twice. Here each is taken once, and the
+# gradient is a gather in the other direction.
+
+
+class _Sorted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pairs: torch.Tensor, slots: torch.Tensor, *back: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(*back)
+        return pairs.index_select(0, slots)
 
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, permutation: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(permutation, inverse)
-        return values.index_select(0, permutation)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        permutation, inverse = ctx.saved_tensors
-        return _Permuted.apply(gradient, inverse, permutation), None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _to_pairs(gradient, *ctx.saved_tensors), None, None, None
 
 
 class _Repeated(torch.autograd.Function):
-    """Each token's row once for each of its K experts, sorted by expert; its gradient gathers and sums K rows."""
-
     @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(slots, rows)
+    def forward(
+        ctx: Any, tokens: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, kept: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows, kept)
         ctx.tokens = len(tokens)
-        return tokens.index_select(0, slots // (len(slots) // len(tokens)))
+        return tokens.index_select(0, slots // (len(rows) // len(tokens)))
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        slots, rows = ctx.saved_tensors
-        by_token = _Permuted.apply(gradient, rows, slots).unflatten(0, (ctx.tokens, -1))
-        return by_token.sum(dim=1), None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        pairs = _to_pairs(gradient, *ctx.saved_tensors)
+        return sum_over_slots(pairs.unflatten(0, (ctx.tokens, -1))), None, None, None
 
 
-def sort_tokens(tokens: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
-    """Rows (M, in) sorted by expert of tokens (N, in), each once for each of its experts."""
-    output: torch.Tensor = _Repeated.apply(tokens, order.slots, order.rows)
-    return output
+class _Unsorted(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, kept: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(slots)
+        return _to_pairs(values, rows, kept)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (slots,) = ctx.saved_tensors
+        return gradient.index_select(0, slots), None, None, None
 
 
-def sort_slots(slots: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
-    """Rows (M, in) sorted by expert of slots (M, in) in the order token · K + slot."""
-    output: torch.Tensor = _Permuted.apply(slots, order.slots, order.rows)
-    return output
-
-
-def unsort(rows: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
-    """The inverse of `sort_slots`."""
-    output: torch.Tensor = _Permuted.apply(rows, order.rows, order.slots)
-    return output
-
-
-def grouped_linear(
-    rows: torch.Tensor, order: ExpertOrder, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Rows (M, in), sorted by expert, through each one's weight (A, in, out) and bias (A, out): (M, out)."""
-    dtype = compute_dtype(weight)
-    output = F.grouped_mm(rows.to(dtype), weight.to(dtype), offs=order.offsets)
-    return output if bias is None else output + bias.to(dtype)[order.experts]
+def sum_over_slots(slots: torch.Tensor) -> torch.Tensor:
+    """Sum of slots (N, K, D) over K."""
+    return slots[:, 0] if slots.shape[1] == 1 else slots.sum(dim=1)
 
 
 def compute_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -102,8 +177,6 @@ def can_group(weight: torch.Tensor, *widths: int) -> bool:
     if dtype not in (torch.bfloat16, torch.float32, torch.float16):
         return False
     if any(width * dtype.itemsize % 16 for width in widths):
-        return False
-    if torch.compiler.is_compiling() and weight.dtype != torch.bfloat16:
         return False
     return not weight.is_cuda or torch.cuda.get_device_capability(weight.device) >= (8, 0)
 
@@ -128,11 +201,9 @@ def is_plain(projection: nn.Module) -> bool:
 
 __all__ = [
     "ExpertOrder",
+    "FewRows",
     "can_group",
-    "grouped_linear",
     "is_plain",
     "order_by_expert",
-    "sort_slots",
-    "sort_tokens",
-    "unsort",
+    "sum_over_slots",
 ]

@@ -11,6 +11,8 @@ keys of their own, experts differ from token to token in which keys they need; t
 those of experts that were not selected do not count.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from .configuration_attention import AttentionExpertsConfig
@@ -29,15 +31,21 @@ def expand_to_key_value_heads(per_expert: torch.Tensor, config: AttentionExperts
     return per_expert.repeat_interleave(config.num_key_value_heads // config.num_key_value_experts, dim)
 
 
-def by_expert(rows: torch.Tensor, config: AttentionExpertsConfig) -> torch.Tensor:
-    """Rows that belong to query heads (A·n, ...) as (A, n, ...), each expert's in the order (kv head, group).
+def by_expert(
+    values: torch.Tensor,
+    config: AttentionExpertsConfig,
+    dim: int = 0,
+    select: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Values of query heads, A·n along `dim`, as (A, ...) with n there, each expert's in the order (kv head, group).
 
-    A view, unless experts share several key/value heads.
+    A view, unless experts share several key/value heads; of (A, ...), `select` takes experts before any copy.
     """
-    experts = config.num_attention_experts
-    if config.attention_key_value == "experts":
-        return rows.unflatten(0, (experts, -1))
-    return rows.unflatten(0, (config.num_dense_key_value_heads, experts, -1)).transpose(0, 1).flatten(1, 2)
+    experts, shared = config.num_attention_experts, config.attention_key_value == "shared"
+    heads = (config.num_dense_key_value_heads, experts, -1) if shared else (experts, -1)
+    apart = values.unflatten(dim, heads).movedim(dim + shared, 0)
+    apart = apart if select is None else select(apart)
+    return apart.flatten(dim + 1, dim + 2) if shared else apart
 
 
 def only_some_run(config: AttentionExpertsConfig) -> bool:
