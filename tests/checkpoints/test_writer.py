@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from bamoe.checkpoints import writer as writer_module
 from bamoe.checkpoints.writer import ShardedWriter, parse_size
 from bamoe.errors import CheckpointError, ConfigError
 
@@ -161,3 +162,23 @@ def test_sizes(text, size):
 def test_nonsense_sizes_are_refused(text):
     with pytest.raises(ConfigError, match="not a size"):
         parse_size(text)
+
+
+def test_an_error_of_a_flush_while_writing_is_not_lost(tmp_path, monkeypatch):
+    flushed = []
+
+    def fail_once(descriptor):
+        flushed.append(descriptor)
+        if len(flushed) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(writer_module, "_FLUSHED_BYTES", 8)
+    monkeypatch.setattr(os, "fsync", fail_once)
+    layout = {"a": ((4,), torch.float32)}
+    with pytest.raises(OSError, match="Input/output"), ShardedWriter(tmp_path, layout, 10**6) as writer:
+        writer.append("a", torch.zeros(2))
+        writer.append("a", torch.zeros(2))
+    with pytest.raises(OSError, match="Bad file descriptor"):  # it was closed
+        os.fstat(flushed[0])
+    with pytest.raises(SafetensorError):
+        load_file(tmp_path / "model.safetensors")

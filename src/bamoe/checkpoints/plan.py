@@ -20,7 +20,7 @@ from bamoe.errors import CompatibilityError
 
 Shape: TypeAlias = tuple[int, ...]
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PIECE_BYTES = 32 * 2**20  # of float32 values; some four copies of a piece live at once
+PIECE_BYTES = 8 * 2**20  # of float32 values, to stay in a cache; some four copies of a piece live at once
 
 
 @dataclass(frozen=True)

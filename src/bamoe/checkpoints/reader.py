@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +31,7 @@ TOKENIZER_FILES = (
         "chat_template.json",
     ),
 )
+_HASHED_BYTES = 2**20  # at a time
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -87,15 +89,20 @@ class CheckpointReader:
         named = [CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES]
         return [path for name in named if (path := self.path / name).is_file()] + sorted(self._handles)
 
-    def hashes(self) -> dict[str, str]:
-        """SHA-256 of each of `files()`, by file name."""
+    def hashes(self, stop: Event | None = None) -> dict[str, str]:
+        """SHA-256 of each of `files()`, by file name; when `stop` is set meanwhile, of none."""
         digests = {}
         for path in self.files():
+            digest = hashlib.sha256()
             try:
                 with path.open("rb") as file:
-                    digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+                    while block := file.read(_HASHED_BYTES):
+                        if stop is not None and stop.is_set():
+                            return {}
+                        digest.update(block)
             except OSError as error:
                 raise CheckpointError(_unreadable(path, error)) from error
+            digests[path.name] = digest.hexdigest()
         return digests
 
     def close(self) -> None:

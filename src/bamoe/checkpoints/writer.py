@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ from bamoe.errors import CheckpointError, ConfigError
 Layout: TypeAlias = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by tensor name
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_FLUSHED_BYTES = 2**28  # at a time
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -47,7 +49,7 @@ class ShardedWriter:
 
     All files take their full size at once, so that a full disk is found before work is lost. Each header is written
     last: a file that is not complete is not a safetensors file. `close` sees that every value was written. One file is
-    open at a time, so that any number of shards can be written.
+    open at a time, so that any number of shards can be written. The disk is kept busy while values are made.
 
     Raises:
         CheckpointError: the disk has no room, or cannot be written.
@@ -62,6 +64,9 @@ class ShardedWriter:
         self._shard_of = {name: shard for shard in self._shards for name in shard.starts}
         self._open_shard: _Shard | None = None
         self._file: BinaryIO | None = None
+        self._unflushed = 0
+        self._flushes: list[Future[None]] = []
+        self._flusher = ThreadPoolExecutor(1, "flushing")
         try:
             for shard in self._shards:
                 with shard.path.open("wb") as file:
@@ -86,6 +91,11 @@ class ShardedWriter:
         file.seek(shard.starts[name] + self._written[name])
         file.write(data.data)
         self._written[name] += data.nbytes
+        self._unflushed += data.nbytes
+        if self._unflushed >= _FLUSHED_BYTES:
+            file.flush()
+            self._flushes.append(self._flusher.submit(_flush, os.dup(file.fileno())))
+            self._unflushed = 0
 
     def close(self) -> None:
         """Write headers and index, and flush to the disk. Raises ValueError when a tensor is not whole."""
@@ -93,6 +103,8 @@ class ShardedWriter:
             unfinished = [name for name, size in self._sizes.items() if self._written[name] != size]
             if unfinished:
                 raise ValueError(f"tensors that are not whole: {unfinished[:3]}")
+            for flush in self._flushes:
+                flush.result()  # an error is told to one of those who flush
             for shard in self._shards:
                 file = self._open(shard)
                 file.seek(0)
@@ -100,7 +112,7 @@ class ShardedWriter:
                 file.flush()
                 os.fsync(file.fileno())  # of the whole file, what was written before it was last opened too
         finally:
-            self._close_file()
+            self._release()
         if len(self._shards) > 1:
             self._write_index()
 
@@ -114,7 +126,7 @@ class ShardedWriter:
         if kind is None:
             self.close()
         else:
-            self._close_file()
+            self._release()
 
     def _lay_out(self, max_shard_size: int) -> list[_Shard]:
         groups: list[list[str]] = [[]]
@@ -165,10 +177,21 @@ class ShardedWriter:
             self._file, self._open_shard = shard.path.open("r+b"), shard
         return self._file
 
+    def _release(self) -> None:
+        self._flusher.shutdown()
+        self._close_file()
+
     def _close_file(self) -> None:
         if self._file is not None:
             file, self._file = self._file, None
             file.close()
+
+
+def _flush(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _allocate(file: BinaryIO, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Rotary positions of queries and keys (RoFormer, arXiv 2104.09864, section 3.4.2) in three passes over memory each way.
+"""Rotary positions of queries and keys in three passes over memory each way (RoFormer, arXiv 2104.09864, 3.4.2).
 
 transformers' functions of the same name are the obvious twins: they build the rotated halves first, and autograd goes
 back over every step. A mixture rotates the heads of all its attention experts, so here it counts.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +15,7 @@ import torch
 
 from bamoe.checkpoints.directory import atomic_directory, refuse_existing
 from bamoe.checkpoints.plan import Plan, ReadRows, Shape, Source, as_rows, is_finite, pieces
-from bamoe.checkpoints.provenance import PROVENANCE_FILE, provenance
+from bamoe.checkpoints.provenance import PROVENANCE_FILE, Hashes, hashing, provenance
 from bamoe.checkpoints.reader import GENERATION_CONFIG_FILE, TOKENIZER_FILES
 from bamoe.checkpoints.writer import ShardedWriter, parse_size
 from bamoe.errors import CheckpointError, ConfigError
@@ -109,9 +110,9 @@ def upcycle(
         _refuse_source_inside(out, build.sources)
         check_disk(build.plan.bytes, out).raise_if_any()
         try:
-            with atomic_directory(out, force) as directory:
+            with atomic_directory(out, force) as directory, hashing(build.sources.labelled()) as hashes:
                 _write_weights(build, directory, shard_size, progress)
-                _write_companions(build, directory)
+                _write_companions(build, directory, hashes())
                 # Last: without a config.json, what an interrupted run leaves behind is no model.
                 write_config_and_code(build.config, directory)
         except OSError as error:
@@ -171,7 +172,7 @@ def _write_weights(build: Build, directory: Path, shard_size: int, progress: Pro
     def shape_of(source: Source) -> Shape:
         return readers[source.checkpoint].tensors[source.tensor].shape
 
-    with ShardedWriter(directory, layout, shard_size) as writer:
+    with ShardedWriter(directory, layout, shard_size) as writer, _leaving_a_core():
         for tensor in build.plan.tensors:
             for piece in pieces(tensor, shape_of, read):
                 writer.append(tensor.name, piece)
@@ -180,7 +181,19 @@ def _write_weights(build: Build, directory: Path, shard_size: int, progress: Pro
                     progress(written, build.plan.bytes)
 
 
-def _write_companions(build: Build, directory: Path) -> None:
+@contextmanager
+def _leaving_a_core() -> Iterator[None]:
+    """torch on all threads but one: threads that wait for each other wait long for one that has to share its core, with
+    the hashing here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _write_companions(build: Build, directory: Path, hashes: Hashes) -> None:
     """The seed's tokenizer and generation config, the provenance and the model card."""
     from bamoe.recipes.model_card import model_card
 
@@ -194,10 +207,10 @@ def _write_companions(build: Build, directory: Path) -> None:
     origin = provenance(
         build.recipe.model_dump(),
         {label: (named[label], reader) for label, reader in build.sources.labelled().items()},
+        hashes,
         overrides,
         build.recipe.router.seed,
     )
-    hashes = {label: source["sha256"] for label, source in origin["sources"].items()}
     (directory / PROVENANCE_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     card = model_card(build.recipe, build.config, hashes, overrides)
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
