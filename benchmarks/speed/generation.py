@@ -13,15 +13,11 @@ from typing import Any
 import torch
 from harness import Bench, Part, Result
 from shapes import DENSE, EXPERTS, Shape, batch_of, built, counted, model_of
-from torch import nn
 from training_step import PRODUCT, product
 from transformers import DynamicCache
+from work import pass_flops, selections, surplus_flops, weight_bytes
 
 from bamoe.modeling import BamoeConfig
-from bamoe.modeling.attention import MixtureOfAttention
-from bamoe.modeling.costs import expected_experts_per_token, flops_per_token
-from bamoe.modeling.feed_forward import MixtureOfFeedForward
-from bamoe.modeling.routing import FeedForwardRouter, Router
 from bamoe.reports.table import Column
 
 BATCHES = (1, 8)
@@ -33,7 +29,7 @@ def shapes(bench: Bench) -> list[Shape]:
     if bench.device.type != "cpu":
         sizes = [(2048, 4, 16, 5632, 32_000)]
     else:
-        sizes = [(512, 2, 8, 1408, 2048), *([(1024, 4, 16, 2816, 2048)] if bench.full else [])]
+        sizes = [(1024, 2, 16, 2816, 2048), *([(512, 4, 8, 1408, 2048), (2048, 2, 32, 5632, 2048)] * bench.full)]
     return [Shape(*size, batch=batch, context=512) for size in sizes for batch in BATCHES]
 
 
@@ -86,55 +82,6 @@ def machine_of(bench: Bench) -> Machine:
     vector = torch.randn(STREAM[1], device=bench.device, dtype=bench.dtype)
     turns = bench.turns({"product": matmul, "read": lambda: matrix @ vector}, 3)
     return Machine(flops / turns.median("product"), matrix.nbytes / turns.median("read"), lambda: matrix @ vector)
-
-
-def pass_flops(config: BamoeConfig, batch: int, tokens: int, cached: int = 0) -> float:
-    """FLOPs of `tokens` new tokens after `cached` ones in each of `batch` sequences; logits of the last one only."""
-    # A new token sees cached + tokens / 2 others on average, as one does in a context of twice that length.
-    each = flops_per_token(config, 2 * cached + tokens)
-    return batch * (tokens * (each.attention + each.feed_forward) + each.head)
-
-
-def selections(model: nn.Module, call: Callable[[], object]) -> dict[nn.Module, torch.Tensor]:
-    """The experts (..., K) that each router selects while `call` runs."""
-    chosen: dict[nn.Module, torch.Tensor] = {}
-    hooks = [
-        router.register_forward_hook(lambda router, _, routed: chosen.update({router: routed.indices}))
-        for router in model.modules()
-        if isinstance(router, Router)
-    ]
-    try:
-        call()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return chosen
-
-
-def weight_bytes(model: Any, ids: torch.Tensor, chosen: Mapping[nn.Module, torch.Tensor]) -> float:
-    """Bytes of the weights that a pass over token ids reads, each once: of experts those that some token selected, of
-    the embeddings the rows that are looked up."""
-    embeddings = model.get_input_embeddings().weight
-    shares: dict[torch.Tensor, float] = {embeddings: len(ids.unique()) / len(embeddings)}
-    for module in model.modules():
-        if isinstance(module, MixtureOfAttention) and hasattr(module, "gate"):
-            share = len(chosen[module.gate].unique()) / module.config.num_attention_experts
-            # Keys and values are made for later tokens too, whoever they select.
-            shares |= {module.q_proj.weight: share, module.o_proj.weight: share}
-        elif isinstance(module, MixtureOfFeedForward) and hasattr(module, "gate"):
-            selected = chosen[module.gate].unique()
-            share = int((selected < module.num_experts).sum()) / module.num_experts
-            shares |= dict.fromkeys(module.experts.parameters(), share)
-    return sum(weight.nbytes * shares.get(weight, 1.0) for weight in model.parameters())
-
-
-def surplus_flops(config: BamoeConfig, chosen: Mapping[nn.Module, torch.Tensor]) -> float:
-    """FLOPs of the feed-forward experts that were run beyond the expected ones: MoE++'s routers, untrained, are not at
-    the equilibrium that the cost model counts."""
-    expected = expected_experts_per_token(config)
-    routed = [indices for router, indices in chosen.items() if isinstance(router, FeedForwardRouter)]
-    surplus = sum(int((indices < config.num_experts).sum()) - expected * len(indices) for indices in routed)
-    return 2 * 3 * config.hidden_size * config.intermediate_size * surplus
 
 
 def work_of(generation: Generation, config: BamoeConfig) -> dict[str, Work]:

@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from generation import pass_flops
 from harness import Bench, Part, Result
 from shapes import EXPERTS, Shape, batch_of, mixture_config, model_of
+from work import pass_flops
 
 from bamoe.modeling import BamoeConfig
 from bamoe.reports.table import Column
 
-DEPTH, HEAD_WIDTH, VOCABULARY = 2, 64, 2048
+DEPTH, HEAD_WIDTH, VOCABULARY = 1, 64, 2048
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,15 @@ class Axis:
 
 
 def axes(bench: Bench) -> list[Axis]:
-    """Experts and width at a fixed number of tokens, context with one sequence."""
+    """Each at a fixed number of tokens, enough to fill the cores, of experts with few tokens each too."""
     on_cpu = bench.device.type == "cpu"
-    width, context, tokens = (256, 256, 2048) if on_cpu else (1024, 1024, 16_384)
-    experts = (2, 4, 8, 16, 32) if bench.full else (2, 8, 32)
+    width, context, tokens = (256, 256, 8192) if on_cpu else (1024, 1024, 65_536)
+    experts = (2, 4, 8, 16, 32) if bench.full else (4, 8, 32)
     contexts = (256, 512, 1024, 2048, 4096, 8192) if bench.full else (256, 1024, 4096)
-    times = (1, 2, 4, 8) if bench.full else (1, 2, 4)
-    widths = [width // 2 * factor for factor in times]
+    widths = [width // 2 * factor for factor in ((1, 2, 4, 8) if bench.full else (1, 2, 4))]
     return [
         Axis("experts", {size: (shape_of(width, context, tokens), size) for size in experts}),
-        Axis("context", {size: (shape_of(width, size, size), EXPERTS) for size in contexts}),
+        Axis("context", {size: (shape_of(width, size, tokens), EXPERTS) for size in contexts}),
         Axis("width", {size: (shape_of(size, context, tokens), EXPERTS) for size in widths}),
     ]
 
