@@ -36,13 +36,14 @@ class SeparateAttention(nn.Module):
         self.gate = wide.gate
         self.experts = nn.ModuleList(LlamaAttention(dense, layer) for layer in range(wide.config.num_attention_experts))
         self.experts.to(wide.q_proj.weight)
-        queries, outputs = by_expert(wide.q_proj.weight, wide.config), by_expert(wide.o_proj.weight.T, wide.config)
+        queries = by_expert(wide.q_proj.weight, wide.config).flatten(1, 2)
+        outputs = by_expert(wide.o_proj.weight, wide.config, dim=1).flatten(2)
         rows = wide.k_proj.out_features // wide.config.num_key_value_experts  # of an expert's keys
         expert: Any
         with torch.no_grad():
             for number, expert in enumerate(self.experts):
                 expert.q_proj.weight.copy_(queries[number])
-                expert.o_proj.weight.copy_(outputs[number].T)
+                expert.o_proj.weight.copy_(outputs[number])
                 if wide.config.attention_key_value == "experts" or number == 0:
                     expert.k_proj.weight.copy_(wide.k_proj.weight[number * rows :][:rows])
                     expert.v_proj.weight.copy_(wide.v_proj.weight[number * rows :][:rows])

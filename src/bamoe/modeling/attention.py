@@ -7,8 +7,8 @@ With every expert active the sum is one grouped-query attention with A times the
 expert's gate before a single output projection. So the projections are ordinary `nn.Linear`s, there is one attention
 call, and quantisers, adapters and serving engines work on them unchanged. `head_layout` has the order of the heads.
 
-With top-k routing a token is projected by the selected experts' W_q and W_o only, in one grouped matrix product each,
-or for a few tokens in one batched product with the weights that they selected.
+With top-k routing a token is projected by the selected experts' W_q and W_o only, in a grouped matrix product each, or,
+when nothing is trained, in the form of it that suits the device (`grouped_linear`).
 The obvious twin projects by all of them and leaves out the others' heads: it is what runs where the kernel cannot
 (`can_group`), where the projections are more than a product (`is_plain`: adapters, quantisation, offloading, hooks) or
 are spread over processes, and when `config._experts_implementation` is "eager".
@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_attention import AttentionExpertsConfig
-from .grouped_linear import ExpertOrder, FewRows, can_group, is_plain, order_by_expert, sum_over_slots
+from .grouped_linear import ExpertLoop, ExpertOrder, FewRows, can_group, is_plain, order_by_expert, sum_over_slots
 from .head_layout import (
     by_expert,
     expand_to_heads,
@@ -179,8 +179,12 @@ class MixtureOfAttention(nn.Module):
         if not all(can_group(projection.weight, *widths) for projection in (self.q_proj, self.o_proj)):
             return None
         indices, experts = routed.indices.flatten(0, -2), self.config.num_attention_experts
-        if indices.numel() < experts and not torch.is_grad_enabled():
-            return FewRows(indices.flatten())
+        if not torch.is_grad_enabled():
+            looping = indices.device.type == "cpu" and not torch.compiler.is_compiling()
+            if looping and indices.numel() < len(self.q_proj.weight):  # fewer rows than a copy of the weights has
+                return ExpertLoop(**vars(order_by_expert(indices, experts)))
+            if not looping and indices.numel() < experts:
+                return FewRows(indices.flatten())
         return order_by_expert(indices, experts)
 
     def _queries(
@@ -195,13 +199,14 @@ class MixtureOfAttention(nn.Module):
                 query = self.q_norm(query, self.local_heads(self.q_norm.weight, 0, expand))
             return query if routed is None else select_heads(query, routed.indices, config)
         assert routed is not None
-        weight = by_expert(self.q_proj.weight, config, select=order.weights_of).transpose(1, 2)
-        bias = None if self.q_proj.bias is None else by_expert(self.q_proj.bias, config, select=order.weights_of)
-        slots = order.to_slots(order.linear(order.of_tokens(hidden_states.flatten(0, -2)), weight, bias))
+        bias = None if self.q_proj.bias is None else by_expert(self.q_proj.bias, config).flatten(1)
+        rows = order.of_tokens(hidden_states.flatten(0, -2))
+        slots = order.to_slots(order.linear(rows, by_expert(self.q_proj.weight, config), bias, heads=1))
         slots = slots.view(*routed.indices.shape, -1, self.head_dim)  # (B, T, K, H, d)
         if config.qk_norm is not None:
             by_head = config.qk_norm == "head"
-            norms = by_expert(self.q_norm.weight, config) if by_head else self.q_norm.weight[:, None]
+            weight = self.q_norm.weight
+            norms = by_expert(weight, config).flatten(1, 2) if by_head else weight[:, None]
             slots = self.q_norm(slots, norms[routed.indices])
         return place_slots(slots, routed.indices, config)
 
@@ -243,7 +248,7 @@ class MixtureOfAttention(nn.Module):
         else:
             slots = take_slots(heads, routed.indices, config) * routed.weights[..., None, None]
             rows = order.of_slots(slots.flatten(3).flatten(0, 2))
-            weight = by_expert(self.o_proj.weight, config, dim=1, select=order.weights_of).transpose(1, 2)
-            sums = order.to_slots(order.linear(rows, weight)).view(*routed.indices.shape, -1)
+            sums = order.to_slots(order.linear(rows, by_expert(self.o_proj.weight, config, dim=1), heads=2))
+            sums = sums.view(*routed.indices.shape, -1)
             output = sum_over_slots(sums.flatten(0, 1)).view(*heads.shape[:2], -1)
         return output + gates @ self.output_bias if config.attention_output_bias else output

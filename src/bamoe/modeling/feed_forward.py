@@ -34,8 +34,8 @@ def grouped_mm_or_eager(
     if not len(order.slots) or not can_group(experts.down_proj, *experts.down_proj.shape[1:]):
         eager = inspect.unwrap(type(experts).forward)
         return eager(experts, hidden_states, top_k_index, top_k_weights)
-    rows = order.linear(order.of_tokens(hidden_states), experts.gate_up_proj.transpose(1, 2))
-    rows = order.linear(experts.activate(rows), experts.down_proj.transpose(1, 2))
+    rows = order.linear(order.of_tokens(hidden_states), experts.gate_up_proj)
+    rows = order.linear(experts.activate(rows), experts.down_proj)
     slots = order.to_slots(rows).view(*top_k_index.shape, -1)
     return sum_over_slots(slots * top_k_weights[..., None]).to(hidden_states.dtype)
 

@@ -1,5 +1,5 @@
 """A linear layer per expert, each applied to the tokens that selected it: `ExpertOrder` sorts them for one grouped
-matrix product, `FewRows` brings a few of them their weights for one batched product.
+matrix product, `ExpertLoop` for one product each, `FewRows` brings a few of them their weights for one batched product.
 
 Shapes: N tokens, K selected experts, A experts, M rows, one per pair of a token and one of its K slots: N·K, or fewer
 where some reach no expert.
@@ -43,21 +43,52 @@ class ExpertOrder:
         output: torch.Tensor = _Unsorted.apply(rows, self.slots, self.rows, self.kept)
         return output
 
-    def weights_of(self, per_expert: torch.Tensor) -> torch.Tensor:
-        """What `linear` takes of values per expert (A, ...): all."""
-        return per_expert
-
-    def linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows (M, in) through each one's weight (A, in, out) and bias (A, out): (M, out).
+    def linear(
+        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, heads: int | None = None
+    ) -> torch.Tensor:
+        """Rows (M, in) through each one's weight (A, out, in) and bias (A, out): (M, out).
 
         Rows after the last offset, if any, are not computed: they hold anything.
+
+        Args:
+            heads: where `out` (1) or `in` (2) is two dimensions, the experts' key/value heads and what each has, which
+                need not lie side by side in memory.
         """
         dtype = compute_dtype(weight)
+        weight = (weight if heads is None else weight.flatten(heads, heads + 1)).to(dtype).transpose(1, 2)
         kernel = F.grouped_mm
         if torch.compiler.is_compiling() and dtype != torch.bfloat16:  # the compiler knows it in bfloat16 alone
             kernel = torch.ops.transformers.grouped_mm_fallback
-        output: torch.Tensor = kernel(rows.to(dtype), weight.to(dtype), offs=self.offsets)
+        output: torch.Tensor = kernel(rows.to(dtype), weight, offs=self.offsets)
         return output if bias is None else output + bias.to(dtype).index_select(0, self.experts)
+
+
+@dataclass
+class ExpertLoop(ExpertOrder):
+    """The same on a CPU without gradients: an expert after the other, with weights as they lie.
+
+    The grouped product wants them side by side, and copying all experts' takes longer than a few tokens need.
+    """
+
+    def linear(
+        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, heads: int | None = None
+    ) -> torch.Tensor:
+        """As of `ExpertOrder`."""
+        dtype, start, pieces = compute_dtype(weight), 0, []
+        for expert, stop in enumerate(self.offsets.tolist()):
+            if start < stop:
+                matrix, piece = weight[expert].to(dtype), rows[start:stop].to(dtype)
+                if heads == 1:  # (J, n, in): a product per head, side by side
+                    products = piece.expand(len(matrix), -1, -1) @ matrix.transpose(1, 2)
+                    output = products.transpose(0, 1).flatten(1)
+                elif heads == 2:  # (out, J, n): a product per head, summed
+                    apart = piece.unflatten(1, matrix.shape[1:]).transpose(0, 1)
+                    output = torch.bmm(apart, matrix.permute(1, 2, 0)).sum(dim=0)
+                else:
+                    output = piece @ matrix.T
+                pieces.append(output if bias is None else output + bias[expert].to(dtype))
+                start = stop
+        return torch.cat(pieces)
 
 
 @dataclass
@@ -81,15 +112,15 @@ class FewRows:
         """Rows (M, out) in the order of the pairs: themselves."""
         return rows
 
-    def weights_of(self, per_expert: torch.Tensor) -> torch.Tensor:
-        """What `linear` takes of values per expert (A, ...): one per row, (M, ...)."""
-        return per_expert.index_select(0, self.experts)
-
-    def linear(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows (M, in) through each one's weight (M, in, out) and bias (M, out): (M, out)."""
+    def linear(
+        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, heads: int | None = None
+    ) -> torch.Tensor:
+        """As of `ExpertOrder`."""
         dtype = compute_dtype(weight)
-        output = (rows.to(dtype)[:, None] @ weight.to(dtype))[:, 0]
-        return output if bias is None else output + bias.to(dtype)
+        chosen = weight.index_select(0, self.experts).to(dtype)
+        chosen = chosen if heads is None else chosen.flatten(heads, heads + 1)
+        output = (rows.to(dtype)[:, None] @ chosen.transpose(1, 2))[:, 0]
+        return output if bias is None else output + bias.to(dtype).index_select(0, self.experts)
 
 
 def order_by_expert(indices: torch.Tensor, num_experts: int, some_reach_none: bool = False) -> ExpertOrder:
@@ -200,6 +231,7 @@ def is_plain(projection: nn.Module) -> bool:
 
 
 __all__ = [
+    "ExpertLoop",
     "ExpertOrder",
     "FewRows",
     "can_group",

@@ -11,8 +11,6 @@ keys of their own, experts differ from token to token in which keys they need; t
 those of experts that were not selected do not count.
 """
 
-from collections.abc import Callable
-
 import torch
 
 from .configuration_attention import AttentionExpertsConfig
@@ -31,21 +29,12 @@ def expand_to_key_value_heads(per_expert: torch.Tensor, config: AttentionExperts
     return per_expert.repeat_interleave(config.num_key_value_heads // config.num_key_value_experts, dim)
 
 
-def by_expert(
-    values: torch.Tensor,
-    config: AttentionExpertsConfig,
-    dim: int = 0,
-    select: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """Values of query heads, A·n along `dim`, as (A, ...) with n there, each expert's in the order (kv head, group).
-
-    A view, unless experts share several key/value heads; of (A, ...), `select` takes experts before any copy.
-    """
-    experts, shared = config.num_attention_experts, config.attention_key_value == "shared"
-    heads = (config.num_dense_key_value_heads, experts, -1) if shared else (experts, -1)
-    apart = values.unflatten(dim, heads).movedim(dim + shared, 0)
-    apart = apart if select is None else select(apart)
-    return apart.flatten(dim + 1, dim + 2) if shared else apart
+def by_expert(values: torch.Tensor, config: AttentionExpertsConfig, dim: int = 0) -> torch.Tensor:
+    """Values of query heads, A·J·n along `dim`, as (A, ...) with J and n there: each expert's, in the order (kv head,
+    group), as a view. With KV experts, whose heads lie side by side, J counts as 1."""
+    shared = config.attention_key_value == "shared"
+    heads = (config.num_dense_key_value_heads if shared else 1, config.num_attention_experts)
+    return values.unflatten(dim, (*heads, -1)).movedim(dim + 1, 0)
 
 
 def only_some_run(config: AttentionExpertsConfig) -> bool:
