@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from .configuration_attention import AttentionExpertsConfig
 from .grouped_linear import ExpertLoop, ExpertOrder, FewRows, can_group, is_plain, order_by_expert, sum_over_slots
 from .head_layout import (
+    HeadLayout,
     by_expert,
     expand_to_heads,
     expand_to_key_value_heads,
@@ -76,6 +77,7 @@ class MixtureOfAttention(nn.Module):
     def __init__(self, config: AttentionExpertsConfig, layer_idx: int, is_causal: bool = True):
         super().__init__()
         self.config = config
+        self.layout = HeadLayout.of(config)
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         experts = config.num_attention_experts_per_tok if only_selected_attend(config) else config.num_attention_experts
@@ -84,6 +86,8 @@ class MixtureOfAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.is_causal = is_causal
         self.sliding_window = config.window_of(layer_idx)
+        self.qk_norm = config.qk_norm
+        self.rope_interleaved = config.rope_interleaved
 
         width, bias = config.hidden_size, config.attention_bias
         query_width = config.num_attention_heads * config.head_dim
@@ -93,8 +97,10 @@ class MixtureOfAttention(nn.Module):
         self.v_proj = nn.Linear(width, key_value_width, bias=bias)
         self.o_proj = nn.Linear(query_width, width, bias=False)
         self.local_heads = LocalHeads(config)
-        if config.attention_output_bias:
-            self.output_bias = nn.Parameter(torch.zeros(config.num_attention_experts, width))
+        biases = (
+            nn.Parameter(torch.zeros(config.num_attention_experts, width)) if config.attention_output_bias else None
+        )
+        self.register_parameter("output_bias", biases)
         if config.qk_norm is not None:
             per_head = config.qk_norm == "head"
             queries = config.num_attention_heads if per_head else config.num_attention_experts
@@ -140,7 +146,7 @@ class MixtureOfAttention(nn.Module):
         else:
             key, value = self._keys_and_values(hidden_states if key_value_states is None else key_value_states)
             if position_embeddings is not None:
-                query, key = apply_rotary_pos_emb(query, key, *position_embeddings, self.config.rope_interleaved)
+                query, key = apply_rotary_pos_emb(query, key, *position_embeddings, self.rope_interleaved)
             if cache is not None:
                 key, value = cache.update(key, value, self.layer_idx)
 
@@ -163,7 +169,7 @@ class MixtureOfAttention(nn.Module):
 
     def _route(self, hidden_states: torch.Tensor) -> RouterOutput | None:
         """The experts of each token, (B, T, K), and their gates."""
-        if self.config.num_attention_experts == 1:
+        if self.layout.num_attention_experts == 1:
             return None
         routed: RouterOutput = self.gate(hidden_states)
         routed.weights = routed.weights.to(hidden_states.dtype)
@@ -171,14 +177,15 @@ class MixtureOfAttention(nn.Module):
 
     def _order(self, routed: RouterOutput | None) -> ExpertOrder | FewRows | None:
         """How the selected experts' products run; None where all experts' do."""
-        plain = is_plain(self.q_proj) and is_plain(self.o_proj) and self.local_heads.ranks == 1
-        eager = getattr(self.config, "_experts_implementation", None) == "eager"
-        if routed is None or not only_some_run(self.config) or eager or not plain:
+        if routed is None or not only_some_run(self.layout):
             return None
-        widths = self.config.hidden_size, self.config.num_dense_heads * self.head_dim
+        plain = is_plain(self.q_proj) and is_plain(self.o_proj) and self.local_heads.ranks == 1
+        if not plain or getattr(self.config, "_experts_implementation", None) == "eager":
+            return None
+        widths = self.q_proj.in_features, self.layout.num_dense_heads * self.head_dim
         if not all(can_group(projection.weight, *widths) for projection in (self.q_proj, self.o_proj)):
             return None
-        indices, experts = routed.indices.flatten(0, -2), self.config.num_attention_experts
+        indices, experts = routed.indices.flatten(0, -2), self.layout.num_attention_experts
         if not torch.is_grad_enabled():
             looping = indices.device.type == "cpu" and not torch.compiler.is_compiling()
             if looping and indices.numel() < len(self.q_proj.weight):  # fewer rows than a copy of the weights has
@@ -191,24 +198,24 @@ class MixtureOfAttention(nn.Module):
         self, hidden_states: torch.Tensor, routed: RouterOutput | None, order: ExpertOrder | FewRows | None
     ) -> torch.Tensor:
         """Queries of the heads that attend (B, T, heads, d), normalised."""
-        config = self.config
+        layout = self.layout
         if order is None:
             query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-            if config.qk_norm is not None:
-                expand = expand_to_heads if config.qk_norm == "expert" else None
+            if self.qk_norm is not None:
+                expand = expand_to_heads if self.qk_norm == "expert" else None
                 query = self.q_norm(query, self.local_heads(self.q_norm.weight, 0, expand))
-            return query if routed is None else select_heads(query, routed.indices, config)
+            return query if routed is None else select_heads(query, routed.indices, layout)
         assert routed is not None
-        bias = None if self.q_proj.bias is None else by_expert(self.q_proj.bias, config).flatten(1)
+        bias = None if self.q_proj.bias is None else by_expert(self.q_proj.bias, layout).flatten(1)
         rows = order.of_tokens(hidden_states.flatten(0, -2))
-        slots = order.to_slots(order.linear(rows, by_expert(self.q_proj.weight, config), bias, heads=1))
+        slots = order.to_slots(order.linear(rows, by_expert(self.q_proj.weight, layout), bias, heads=1))
         slots = slots.view(*routed.indices.shape, -1, self.head_dim)  # (B, T, K, H, d)
-        if config.qk_norm is not None:
-            by_head = config.qk_norm == "head"
+        if self.qk_norm is not None:
+            by_head = self.qk_norm == "head"
             weight = self.q_norm.weight
-            norms = by_expert(weight, config).flatten(1, 2) if by_head else weight[:, None]
+            norms = by_expert(weight, layout).flatten(1, 2) if by_head else weight[:, None]
             slots = self.q_norm(slots, norms[routed.indices])
-        return place_slots(slots, routed.indices, config)
+        return place_slots(slots, routed.indices, layout)
 
     def _cache(self, past_key_values: Cache | None, across: bool) -> tuple[Any, bool]:
         """The cache of this layer, if there is one, and whether it holds all keys and values that there will be."""
@@ -224,8 +231,8 @@ class MixtureOfAttention(nn.Module):
         """Keys and values (B, cached heads, S, d) of source (B, S, D), normalised."""
         key = self.k_proj(source).unflatten(-1, (-1, self.head_dim))
         value = self.v_proj(source).unflatten(-1, (-1, self.head_dim))
-        if self.config.qk_norm is not None:
-            expand = expand_to_key_value_heads if self.config.qk_norm == "expert" else None
+        if self.qk_norm is not None:
+            expand = expand_to_key_value_heads if self.qk_norm == "expert" else None
             key = self.k_norm(key, self.local_heads(self.k_norm.weight, 0, expand))
         return key.transpose(1, 2), value.transpose(1, 2)
 
@@ -233,22 +240,22 @@ class MixtureOfAttention(nn.Module):
         self, heads: torch.Tensor, routed: RouterOutput | None, order: ExpertOrder | FewRows | None
     ) -> torch.Tensor:
         """The experts' outputs, weighted by their gates: heads that attended (B, T, heads, d) to (B, T, D)."""
-        config = self.config
+        layout, bias = self.layout, self.output_bias
         if routed is None:
             output = self.o_proj(heads.flatten(-2))
-            return output + self.output_bias[0] if config.attention_output_bias else output
+            return output if bias is None else output + bias[0]
         gates = routed.weights  # of all experts in their order, unless some are selected
         if self.gate.top_k is not None:
             gates = torch.zeros_like(routed.logits, dtype=gates.dtype).scatter(-1, routed.indices, gates)
         if order is None:
-            heads, per_head = spread_heads(heads, routed.indices, config), self.local_heads(gates, -1, expand_to_heads)
+            heads, per_head = spread_heads(heads, routed.indices, layout), self.local_heads(gates, -1, expand_to_heads)
             # Nobody else holds these heads; only their gradient would.
             heads = heads * per_head[..., None] if torch.is_grad_enabled() else heads.mul_(per_head[..., None])
             output = self.o_proj(heads.flatten(-2))
         else:
-            slots = take_slots(heads, routed.indices, config) * routed.weights[..., None, None]
+            slots = take_slots(heads, routed.indices, layout) * routed.weights[..., None, None]
             rows = order.of_slots(slots.flatten(3).flatten(0, 2))
-            sums = order.to_slots(order.linear(rows, by_expert(self.o_proj.weight, config, dim=1), heads=2))
+            sums = order.to_slots(order.linear(rows, by_expert(self.o_proj.weight, layout, dim=1), heads=2))
             sums = sums.view(*routed.indices.shape, -1)
             output = sum_over_slots(sums.flatten(0, 1)).view(*heads.shape[:2], -1)
-        return output + gates @ self.output_bias if config.attention_output_bias else output
+        return output if bias is None else output + gates @ bias

@@ -9,6 +9,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
+from .configuration_attention import AttentionExpertsConfig
+from .head_layout import HeadLayout
+
 OLDEST_WITH_EXPERT_PARALLELISM = (5, 23)
 
 
@@ -20,9 +23,10 @@ class LocalHeads(nn.Module):
     run of query heads belongs to the same run of key/value heads.
     """
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: AttentionExpertsConfig):
         super().__init__()
         self.config = config
+        self.layout = HeadLayout.of(config)
         self.rank, self.ranks = 0, 1
 
     def forward(
@@ -32,7 +36,7 @@ class LocalHeads(nn.Module):
         expand: Callable[[torch.Tensor, Any, int], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """The local part along `dim` of values per head, or of values that `expand` repeats for every head."""
-        per_head = values if expand is None else expand(values, self.config, dim)
+        per_head = values if expand is None else expand(values, self.layout, dim)
         return per_head.chunk(self.ranks, dim)[self.rank]
 
 
