@@ -21,7 +21,7 @@ CACHED, ROOM = 256, 1024  # tokens in the static cache before the first step, an
 STEPS = 20  # decode steps per turn
 PASSES = ("forward and backward", "decode step")
 # Whose training pass is timed where time is short: to compile one takes half a minute on two cores.
-QUICK = ("BAM, KV experts", "MoE++")
+QUICK = ("BAM, KV experts",)
 
 
 def pinned(bench: Bench) -> Shape:

@@ -52,7 +52,7 @@ def measure(bench: Bench) -> list[Result]:
     """Seconds of each command, over those of Python alone."""
     started = commands(bench)
     modules = {name: command.modules() for name, command in started.items()}
-    turns = bench.turns(started)
+    turns = bench.turns(started, turns=None if bench.full else 3)
     records = [
         {
             "name": name,

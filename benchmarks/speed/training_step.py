@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +21,18 @@ from shapes import (
     model_of,
     step_flops,
 )
+from torch.profiler import ProfilerActivity, profile
 from work import selections, surplus_flops
 
+from bamoe.modeling.costs import flops_per_token
 from bamoe.reports.table import Column
 
 PRODUCT = 3072  # rows and columns of the matrix product
+OPERATORS = {
+    "core": ("attention",),
+    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "grouped_mm"),
+    "dispatch": ("index", "sort", "scatter", "gather", "searchsorted"),
+}
 BACKENDS = ("eager", "grouped_mm")  # the third, batched_mm, would copy an expert's weights for every token
 
 
@@ -129,7 +137,7 @@ def against_mixtures(shape: Shape, bench: Bench) -> Result:
         "JetMoE": forward_backward(model_of(jetmoe, bench), ids),
         "MoA and top-2 feed-forward": forward_backward(model_of(like_jetmoe, bench), ids),
     }
-    turns = bench.turns(calls)
+    turns = bench.turns(calls, turns=None if bench.full else 3)
     fastest = min((name for name in calls if name.startswith("Mixtral")), key=turns.median)
     records = [
         {
@@ -161,14 +169,65 @@ def _with(config: Any, backend: str, bench: Bench) -> Any:
     return model_of(config, bench, experts_implementation=backend)
 
 
+def where_time_goes(shape: Shape, bench: Bench) -> Result:
+    """A profile of one step of every model: which kinds of operators take how much of it, and how fast they are."""
+    ids = batch_of(shape, bench)
+    matmul, product_flops = product(bench)
+    rate, records = product_flops / bench.turns({"product": matmul}, 3).median("product"), []
+    for name, config in counted(shape).items():
+        model = model_of(built(shape)[name], bench)
+        call = forward_backward(model, ids)
+        surplus = surplus_flops(config, selections(model, call))
+        seconds = profiled(call, bench)
+        core = step_flops(config, shape) - 3 * flops_per_token(config, 0).total * shape.tokens
+        flops = {"products": step_flops(config, shape) + 3 * surplus - core, "core": core}
+        records.append(
+            {
+                "name": name,
+                **{kind: seconds[kind] / sum(seconds.values()) for kind in (*OPERATORS, "rest")},
+                **{f"{kind} rate": flops[kind] / seconds[kind] / rate for kind in flops},
+            }
+        )
+    columns = [
+        Column("name", "model", "text"),
+        Column("products", "matrix products", "share"),
+        Column("core", "attention core", "share"),
+        Column("dispatch", "sorting and gathering", "share"),
+        Column("rest", "element-wise and the rest", "share"),
+        Column("products rate", "FLOP/s of products over the large one's"),
+        Column("core rate", "FLOP/s of the core over it"),
+    ]
+    reading = (
+        "Shares of a forward and a backward pass by kind of operator, from torch's profiler. The core's FLOPs are "
+        "counted at half, and its backward pass at twice the forward pass, though it computes the scores again."
+    )
+    settings = {**shape.settings(), "product": f"{PRODUCT} x {PRODUCT}", "experts": EXPERTS}
+    return Result(f"Where a training step goes, width {shape.width}", columns, records, settings, reading)
+
+
+def profiled(call: Callable[[], object], bench: Bench) -> dict[str, float]:
+    """Seconds of one call by kind of operator."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each profile tells the terminal of its start and its stop
+    on_cpu = bench.device.type == "cpu"
+    with profile(activities=[ProfilerActivity.CPU, *([] if on_cpu else [ProfilerActivity.CUDA])]) as events:
+        bench.seconds(call)
+    seconds = dict.fromkeys((*OPERATORS, "rest"), 0.0)
+    for event in events.key_averages():
+        if not on_cpu and not event.key.startswith("aten::"):
+            continue  # kernels, which their operators count already
+        kind = next((kind for kind, names in OPERATORS.items() if any(name in event.key for name in names)), "rest")
+        seconds[kind] += (event.self_cpu_time_total if on_cpu else event.self_device_time_total) / 1e6
+    return seconds
+
+
 def measure(bench: Bench) -> list[Result]:
-    """All shapes."""
+    """All shapes, and a profile of the largest."""
     results = []
     for shape in shapes(bench):
         for table in (against_dense, against_mixtures):
             results.append(table(shape, bench))
             bench.tell(f"{results[-1].title}: done")
-    return results
+    return [*results, where_time_goes(shapes(bench)[-1], bench)]
 
 
 PART = Part("training_step", measure)

@@ -130,6 +130,8 @@ def times(shape: Shape, inputs: Sequence[Path], candidates: Candidates, bench: B
     copies: list[dict[str, Any]] = []
     peers: list[dict[str, Any]] = []
     for name, bamoe in candidates.bamoe.items():
+        if name == "BAM, KV sharing" and not bench.full:
+            continue
         bamoe.build(inputs, made)
         same = {name: bamoe, **(candidates.mergekit if bamoe.recipe is mergekit_recipe else {})}
         calls = {key: partial(one.build, inputs, out) for key, one in same.items()}

@@ -240,7 +240,7 @@ class MixtureOfAttention(nn.Module):
         self, heads: torch.Tensor, routed: RouterOutput | None, order: ExpertOrder | FewRows | None
     ) -> torch.Tensor:
         """The experts' outputs, weighted by their gates: heads that attended (B, T, heads, d) to (B, T, D)."""
-        layout, bias = self.layout, self.output_bias
+        layout, bias = self.layout, getattr(self, "output_bias", None)
         if routed is None:
             output = self.o_proj(heads.flatten(-2))
             return output if bias is None else output + bias[0]
