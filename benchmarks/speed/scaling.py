@@ -85,7 +85,7 @@ def along(axis: Axis, bench: Bench) -> Result:
             config = mixtures[size][name]
             calls[str(size)] = forward(model_of(config, bench), batch_of(shape, bench))
             flops[size] = pass_flops(config, shape.batch, shape.context)
-        turns = bench.turns(calls, turns=None if bench.full else 3)
+        turns = bench.turns(calls, turns=None if bench.full else 2)
         for size in mixtures:
             predicted = flops[size] / flops[largest]
             records.append(

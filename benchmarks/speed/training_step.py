@@ -89,7 +89,7 @@ def against_dense(shape: Shape, bench: Bench) -> Result:
         surplus = surplus_flops(config, selections(models[name], calls[name]))
         flops[name] = step_flops(config, shape) + 3 * surplus
     matmul, flops["product"] = product(bench)
-    passes = bench.turns({**calls, "product": matmul})
+    passes = bench.turns({**calls, "product": matmul}, turns=None if bench.full else 4)
     optimized = {}
     if bench.full:
         steps = bench.turns({name: with_optimizer(models[name], ids) for name in configs})

@@ -79,7 +79,7 @@ def size(*directories: Path) -> int:
 
 def turns_of(bench: Bench) -> int:
     """Fewer than elsewhere: each is a whole process, and moves gigabytes."""
-    return 5 if bench.full else 3
+    return 5 if bench.full else 2
 
 
 def take_turns(calls: Mapping[str, Call], out: Path, read: Sequence[Path], bench: Bench) -> Turns:
@@ -130,7 +130,7 @@ def times(shape: Shape, inputs: Sequence[Path], candidates: Candidates, bench: B
     copies: list[dict[str, Any]] = []
     peers: list[dict[str, Any]] = []
     for name, bamoe in candidates.bamoe.items():
-        if name == "BAM, KV sharing" and not bench.full:
+        if name != "BTX" and not bench.full:
             continue
         bamoe.build(inputs, made)
         same = {name: bamoe, **(candidates.mergekit if bamoe.recipe is mergekit_recipe else {})}
