@@ -51,7 +51,8 @@ def run(name: str, given: argparse.Namespace) -> None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         bench = Bench(given.full, torch.get_num_threads(), device, dtype, Path(work), console)
         results = part.measure(bench)
-    command = shlex.join(["python", "benchmarks/speed/bench.py", "OUT", "--part", name] + ["--full"] * given.full)
+    options = ["--part", name, *["--full"] * given.full, *([f"--threads={given.threads}"] if given.threads else [])]
+    command = shlex.join(["python", "benchmarks/speed/bench.py", "OUT", *options])
     plain = [{**asdict(result), "columns": [asdict(column) for column in result.columns]} for result in results]
     Record(name, command, plain).write(given.out / f"{name}.json")
     put(given.page or given.out / "benchmarks.md", name, section(name, command, results, bench))

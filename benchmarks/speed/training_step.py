@@ -24,6 +24,7 @@ from shapes import (
 from torch.profiler import ProfilerActivity, profile
 from work import selections, surplus_flops
 
+from bamoe.modeling import BamoeConfig
 from bamoe.modeling.costs import flops_per_token
 from bamoe.reports.table import Column
 
@@ -78,16 +79,25 @@ def product(bench: Bench) -> tuple[Callable[[], object], float]:
     return lambda: left @ right, 2.0 * PRODUCT**3
 
 
+def computed_flops(config: BamoeConfig, model: Any, shape: Shape, ids: torch.Tensor) -> float:
+    """FLOPs of one training step of this model on this batch: of MoE++, of the assignments that were computed."""
+    dropped: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def forward() -> None:
+        dropped.extend(getattr(model.train()(input_ids=ids, use_cache=False), "dropped_assignments", None) or ())
+
+    chosen = selections(model, forward)
+    return step_flops(config, shape) + 3 * surplus_flops(config, chosen, dropped)
+
+
 def against_dense(shape: Shape, bench: Bench) -> Result:
     """Achieved model FLOP/s of every mixture, over the dense model's and the matrix product's."""
     ids = batch_of(shape, bench)
     configs = counted(shape)
     models = {name: model_of(config, bench) for name, config in built(shape).items()}
     calls = {name: forward_backward(models[name], ids) for name in configs}
-    flops = {}
-    for name, config in configs.items():
-        surplus = surplus_flops(config, selections(models[name], calls[name]))
-        flops[name] = step_flops(config, shape) + 3 * surplus
+    flops = {name: computed_flops(config, models[name], shape, ids) for name, config in configs.items()}
     matmul, flops["product"] = product(bench)
     passes = bench.turns({**calls, "product": matmul}, turns=None if bench.full else 4)
     optimized = {}
@@ -177,10 +187,9 @@ def where_time_goes(shape: Shape, bench: Bench) -> Result:
     for name, config in counted(shape).items():
         model = model_of(built(shape)[name], bench)
         call = forward_backward(model, ids)
-        surplus = surplus_flops(config, selections(model, call))
         seconds = profiled(call, bench)
         core = step_flops(config, shape) - 3 * flops_per_token(config, 0).total * shape.tokens
-        flops = {"products": step_flops(config, shape) + 3 * surplus - core, "core": core}
+        flops = {"products": computed_flops(config, model, shape, ids) - core, "core": core}
         records.append(
             {
                 "name": name,
@@ -209,7 +218,8 @@ def profiled(call: Callable[[], object], bench: Bench) -> dict[str, float]:
     """Seconds of one call by kind of operator."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each profile tells the terminal of its start and its stop
     on_cpu = bench.device.type == "cpu"
-    with profile(activities=[ProfilerActivity.CPU, *([] if on_cpu else [ProfilerActivity.CUDA])]) as events:
+    activities = [ProfilerActivity.CPU, *([] if on_cpu else [ProfilerActivity.CUDA])]
+    with profile(activities=activities, acc_events=True) as events:
         bench.seconds(call)
     seconds = dict.fromkeys((*OPERATORS, "rest"), 0.0)
     for event in events.key_averages():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -55,10 +55,13 @@ def weight_bytes(model: Any, ids: torch.Tensor, chosen: Mapping[nn.Module, torch
     return sum(weight.nbytes * shares.get(weight, 1.0) for weight in model.parameters())
 
 
-def surplus_flops(config: BamoeConfig, chosen: Mapping[nn.Module, torch.Tensor]) -> float:
+def surplus_flops(
+    config: BamoeConfig, chosen: Mapping[nn.Module, torch.Tensor], dropped: Iterable[torch.Tensor] = ()
+) -> float:
     """FLOPs of the feed-forward experts that were run beyond the expected ones: MoE++'s routers, untrained, are not at
-    the equilibrium that the cost model counts."""
+    the equilibrium that the cost model counts; and while training, experts drop (E + Z,) assignments of each layer."""
     expected = expected_experts_per_token(config)
     routed = [indices for router, indices in chosen.items() if isinstance(router, FeedForwardRouter)]
     surplus = sum(int((indices < config.num_experts).sum()) - expected * len(indices) for indices in routed)
+    surplus -= sum(int(each[: config.num_experts].sum()) for each in dropped)
     return 2 * 3 * config.hidden_size * config.intermediate_size * surplus
