@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bamoe.modeling.grouped_linear import ExpertLoop, FewRows, order_by_expert, sum_over_slots
+from bamoe.modeling.grouped_linear import GRADIENT_COMPILES, ExpertLoop, FewRows, order_by_expert, sum_over_slots
 
 TOKENS, SLOTS, EXPERTS, WIDTH, OUT = 7, 2, 5, 8, 12
 HEADS = [None, 1, 2]  # of the output, or of the input, apart in memory
@@ -58,7 +58,10 @@ def gradients(run, tensors):
     return found, torch.autograd.grad(found.square().sum(), tensors)
 
 
-@pytest.mark.parametrize("compiled", [False, True])  # compiled, sizes depend on no data: rows to no expert stay
+COMPILED = pytest.param(True, marks=pytest.mark.skipif(not GRADIENT_COMPILES, reason="transformers is older"))
+
+
+@pytest.mark.parametrize("compiled", [False, COMPILED])  # compiled, sizes depend on no data: rows to no expert stay
 def test_pairs_that_reach_no_expert_give_nothing_and_get_no_gradient(compiled):
     indices = selections()
     indices[0], indices[3, 1], indices[5, 0] = EXPERTS, EXPERTS, EXPERTS

@@ -24,7 +24,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_attention import AttentionExpertsConfig
-from .grouped_linear import ExpertLoop, ExpertOrder, FewRows, can_group, is_plain, order_by_expert, sum_over_slots
+from .grouped_linear import (
+    GRADIENT_COMPILES,
+    ExpertLoop,
+    ExpertOrder,
+    FewRows,
+    can_group,
+    is_plain,
+    order_by_expert,
+    sum_over_slots,
+)
 from .head_layout import (
     HeadLayout,
     by_expert,
@@ -186,13 +195,17 @@ class MixtureOfAttention(nn.Module):
         if not all(can_group(projection.weight, *widths) for projection in (self.q_proj, self.o_proj)):
             return None
         indices, experts = routed.indices.flatten(0, -2), self.layout.num_attention_experts
-        if not torch.is_grad_enabled():
-            looping = indices.device.type == "cpu" and not torch.compiler.is_compiling()
-            if looping and indices.numel() < len(self.q_proj.weight):  # fewer rows than a copy of the weights has
-                return ExpertLoop(**vars(order_by_expert(indices, experts)))
-            if not looping and indices.numel() < experts:
-                return FewRows(indices.flatten())
-        return order_by_expert(indices, experts)
+        compiling, training = torch.compiler.is_compiling(), torch.is_grad_enabled()
+        if compiling and training and not GRADIENT_COMPILES:
+            return None
+        if training:
+            return order_by_expert(indices, experts)
+        if compiling or indices.device.type != "cpu":
+            few = indices.numel() < experts
+            return FewRows(indices.flatten()) if few else order_by_expert(indices, experts)
+        order = order_by_expert(indices, experts)
+        fewer_than_a_copy_of_the_weights = len(order.slots) < len(self.q_proj.weight)
+        return ExpertLoop(**vars(order)) if fewer_than_a_copy_of_the_weights else order
 
     def _queries(
         self, hidden_states: torch.Tensor, routed: RouterOutput | None, order: ExpertOrder | FewRows | None

@@ -13,6 +13,10 @@ import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401  # defines the operator `grouped_mm_fallback`
 from torch import nn
 
+# The compiler knows the kernel in bfloat16 alone; transformers' operator in its place had a gradient that does not
+# compile before it had one that is an operator too.
+GRADIENT_COMPILES = hasattr(torch.ops.transformers, "grouped_mm_fallback_backward")
+
 
 @dataclass
 class ExpertOrder:
@@ -57,7 +61,7 @@ class ExpertOrder:
         dtype = compute_dtype(weight)
         weight = (weight if heads is None else weight.flatten(heads, heads + 1)).to(dtype).transpose(1, 2)
         kernel = F.grouped_mm
-        if torch.compiler.is_compiling() and dtype != torch.bfloat16:  # the compiler knows it in bfloat16 alone
+        if torch.compiler.is_compiling() and dtype != torch.bfloat16:
             kernel = torch.ops.transformers.grouped_mm_fallback
         output: torch.Tensor = kernel(rows.to(dtype), weight, offs=self.offsets)
         return output if bias is None else output + bias.to(dtype).index_select(0, self.experts)
@@ -231,6 +235,7 @@ def is_plain(projection: nn.Module) -> bool:
 
 
 __all__ = [
+    "GRADIENT_COMPILES",
     "ExpertLoop",
     "ExpertOrder",
     "FewRows",
