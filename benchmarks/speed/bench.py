@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import os
 import shlex
 import subprocess
 import sys
@@ -44,6 +45,7 @@ def run(name: str, given: argparse.Namespace) -> None:
     console.width = max(console.width, WIDE)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     part = part_of(name)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each profile tells the terminal of its start and its stop
     gc.freeze()  # else every collection between two timed calls walks through torch and transformers
     device = torch.device("cpu") if part.needs_cpu or accelerator is None else accelerator
     torch.set_num_threads(given.threads or torch.get_num_threads())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -52,7 +51,6 @@ def held(loss: Callable[[], torch.Tensor], bench: Bench) -> Held:
 
 def _held_on_cpu(loss: Callable[[], torch.Tensor]) -> Held:
     """The same from the profiler's record of every allocation, for the CPU's allocator keeps no statistics."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each profile tells the terminal of its start and its stop
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         value = loss()
         with record_function("backward pass"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -184,8 +183,9 @@ def where_time_goes(shape: Shape, bench: Bench) -> Result:
     ids = batch_of(shape, bench)
     matmul, product_flops = product(bench)
     rate, records = product_flops / bench.turns({"product": matmul}, 3).median("product"), []
+    configs = built(shape)
     for name, config in counted(shape).items():
-        model = model_of(built(shape)[name], bench)
+        model = model_of(configs[name], bench)
         call = forward_backward(model, ids)
         seconds = profiled(call, bench)
         core = step_flops(config, shape) - 3 * flops_per_token(config, 0).total * shape.tokens
@@ -216,7 +216,6 @@ def where_time_goes(shape: Shape, bench: Bench) -> Result:
 
 def profiled(call: Callable[[], object], bench: Bench) -> dict[str, float]:
     """Seconds of one call by kind of operator."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each profile tells the terminal of its start and its stop
     on_cpu = bench.device.type == "cpu"
     activities = [ProfilerActivity.CPU, *([] if on_cpu else [ProfilerActivity.CUDA])]
     with profile(activities=activities, acc_events=True) as events:

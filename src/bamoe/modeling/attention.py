@@ -106,10 +106,8 @@ class MixtureOfAttention(nn.Module):
         self.v_proj = nn.Linear(width, key_value_width, bias=bias)
         self.o_proj = nn.Linear(query_width, width, bias=False)
         self.local_heads = LocalHeads(config)
-        biases = (
-            nn.Parameter(torch.zeros(config.num_attention_experts, width)) if config.attention_output_bias else None
-        )
-        self.register_parameter("output_bias", biases)
+        if config.attention_output_bias:
+            self.output_bias = nn.Parameter(torch.zeros(config.num_attention_experts, width))
         if config.qk_norm is not None:
             per_head = config.qk_norm == "head"
             queries = config.num_attention_heads if per_head else config.num_attention_experts
@@ -198,14 +196,12 @@ class MixtureOfAttention(nn.Module):
         compiling, training = torch.compiler.is_compiling(), torch.is_grad_enabled()
         if compiling and training and not GRADIENT_COMPILES:
             return None
-        if training:
-            return order_by_expert(indices, experts)
-        if compiling or indices.device.type != "cpu":
-            few = indices.numel() < experts
-            return FewRows(indices.flatten()) if few else order_by_expert(indices, experts)
+        on_cpu = indices.device.type == "cpu" and not compiling
+        if not training and not on_cpu and indices.numel() < experts:
+            return FewRows(indices.flatten())
         order = order_by_expert(indices, experts)
-        fewer_than_a_copy_of_the_weights = len(order.slots) < len(self.q_proj.weight)
-        return ExpertLoop(**vars(order)) if fewer_than_a_copy_of_the_weights else order
+        fewer_rows_than_weights = indices.numel() < len(self.q_proj.weight)
+        return ExpertLoop(**vars(order)) if not training and on_cpu and fewer_rows_than_weights else order
 
     def _queries(
         self, hidden_states: torch.Tensor, routed: RouterOutput | None, order: ExpertOrder | FewRows | None

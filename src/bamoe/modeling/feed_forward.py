@@ -30,8 +30,10 @@ def grouped_mm_or_eager(
     """
     if experts.is_dense:
         return (experts.run(0, hidden_states) * top_k_weights).to(hidden_states.dtype)
-    order = order_by_expert(top_k_index, experts.num_experts, experts.some_reach_none)
-    if not len(order.slots) or not can_group(experts.down_proj, *experts.down_proj.shape[1:]):
+    order = None
+    if can_group(experts.down_proj, *experts.down_proj.shape[1:]):
+        order = order_by_expert(top_k_index, experts.num_experts, experts.some_reach_none)
+    if order is None or not len(order.slots):
         eager = inspect.unwrap(type(experts).forward)
         return eager(experts, hidden_states, top_k_index, top_k_weights)
     rows = order.linear(order.of_tokens(hidden_states), experts.gate_up_proj)
